@@ -1,0 +1,2 @@
+from .base import AbstractCache as AbstractCache
+from .static import StaticCache as StaticCache

@@ -1,0 +1,89 @@
+"""Functions given by users: evaluated elementwise, and with no hidden arrays."""
+
+import functools as ft
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from ._static import is_array
+
+
+def check_function(
+    where: str, fn: Callable, arguments: tuple[Any, ...], dtype: Any
+) -> None:
+    """Traces a user's elementwise function once, on a tile of shape (2, 3, 5).
+
+    **Raises:** `TypeError` if it is no function, or returns another dtype or a shape that
+    does not broadcast to the tile; `ValueError` if it captures arrays.
+    """
+    if not callable(fn):
+        raise TypeError(f"{where}(fn): expected a function, got {type(fn).__name__}.")
+    if isinstance(fn, ft.partial) and any(map(is_array, jax.tree.leaves((fn.args, fn.keywords)))):
+        _raise_captured(where)
+    jaxpr, out = jax.make_jaxpr(fn, return_shape=True)(*arguments)
+    literals = [v.val for eqn in jaxpr.jaxpr.eqns for v in eqn.invars if hasattr(v, "val")]
+    if jaxpr.consts or any(np.ndim(x) > 0 for x in literals if is_array(x)):
+        _raise_captured(where)
+    shape = getattr(out, "shape", None)
+    if shape is None or not jnp.issubdtype(out.dtype, dtype):
+        got = getattr(out, "dtype", type(out).__name__)
+        raise TypeError(f"{where}(fn): expected to get a {dtype.__name__} array, got {got}.")
+    try:
+        fits = np.broadcast_shapes(shape, (2, 3, 5)) == (2, 3, 5)
+    except ValueError:
+        fits = False
+    if not fits:
+        raise TypeError(
+            f"{where}(fn): expected an elementwise function: on a tile of shape "
+            f"(2, 3, 5) it gave shape {shape}."
+        )
+
+
+def _raise_captured(where: str):
+    raise ValueError(
+        f"{where}(fn): the function captures arrays. Pass them as `params` (or, one value "
+        "a token, as `q_features` or `kv_features`), so that they are differentiated, "
+        "sliced, sharded and saved with the module."
+    )
+
+
+def example_arguments(q_features: PyTree, kv_features: PyTree, params: PyTree):
+    """Arguments of a tile of 2 heads, 3 queries and 5 keys, as shapes and dtypes."""
+
+    def like(shape):
+        return lambda x: jax.ShapeDtypeStruct(shape, x.dtype) if is_array(x) else x
+
+    position = jax.ShapeDtypeStruct((1, 3, 1), jnp.int32)
+    return (
+        position,
+        jax.ShapeDtypeStruct((1, 1, 5), jnp.int32),
+        jax.ShapeDtypeStruct((2, 1, 1), jnp.int32),
+        jax.tree.map(like((1, 3, 1)), q_features),
+        jax.tree.map(like((1, 1, 5)), kv_features),
+        jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if is_array(x) else x, params
+        ),
+    )
+
+
+def features(where: str, tree: PyTree) -> PyTree:
+    """Checks the features of tokens: arrays of at least one axis."""
+    leaves = jax.tree.leaves(tree)
+    if not all(is_array(x) and x.ndim > 0 for x in leaves):
+        raise TypeError(
+            f"{where}: expected a pytree of arrays of shape '*#batch tokens', got {tree}."
+        )
+    return jax.tree.map(jnp.asarray, tree)
+
+
+def own_params(params: PyTree) -> PyTree:
+    """Parameters as they were given: without the axes (head, query, key)."""
+    return jax.tree.map(lambda x: x.reshape(x.shape[3:]) if is_array(x) else x, params)
+
+
+def name(fn: Callable) -> str:
+    return getattr(fn, "__qualname__", None) or repr(fn)

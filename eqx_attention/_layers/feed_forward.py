@@ -1,0 +1,195 @@
+import functools as ft
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from beartype import beartype
+from jaxtyping import Array, Float, jaxtyped, PRNGKeyArray
+
+from .blockwise import blockwise, tokenwise
+
+
+_activations: dict[str, tuple[Callable[[Array], Array], bool]] = {
+    "relu": (jax.nn.relu, False),
+    "gelu": (jax.nn.gelu, False),
+    "gelu_exact": (ft.partial(jax.nn.gelu, approximate=False), False),
+    "silu": (jax.nn.silu, False),
+    "glu": (jax.nn.sigmoid, True),
+    "reglu": (jax.nn.relu, True),
+    "geglu": (jax.nn.gelu, True),
+    "swiglu": (jax.nn.silu, True),
+}
+
+
+class FeedForward(eqx.Module):
+    r"""The feed-forward half of a transformer layer, applied to every token alike.
+
+    $$\text{FeedForward}(x) = W_\text{down}\, \phi(W_\text{up} x), \qquad\text{or, gated,}
+      \qquad W_\text{down} \left(\phi(W_\text{gate} x) \odot W_\text{up} x\right)$$
+
+    With a `block_size` the hidden layer exists for one block of tokens at a time,
+    forward and backward, by [`eqx_attention.blockwise`][]: it is then recomputed in the
+    backward pass, and memory for it does not grow with the length of the sequence. The
+    numbers, dropout included, do not depend on `block_size`.
+
+    !!! Example
+
+        ```python
+        import eqx_attention as eqa
+        import jax.numpy as jnp
+        import jax.random as jr
+
+        ff = eqa.FeedForward(64, activation="swiglu", block_size=128, key=jr.key(0))
+        y = ff(jnp.ones((1000, 64)))
+        ```
+
+    ??? cite
+
+        [Blockwise Parallel Transformer for Large Context
+        Models](https://arxiv.org/abs/2305.19370), and for the gated activations [GLU
+        Variants Improve Transformer](https://arxiv.org/abs/2002.05202)
+
+        ```bibtex
+        @article{shazeer2020glu,
+            author={Shazeer, Noam},
+            title={{GLU} Variants Improve Transformer},
+            journal={arXiv:2002.05202},
+            year={2020},
+        }
+        ```
+    """
+
+    up_proj: eqx.nn.Linear
+    gate_proj: eqx.nn.Linear | None
+    down_proj: eqx.nn.Linear
+    dropout: eqx.nn.Dropout
+
+    size: int = eqx.field(static=True)
+    hidden_size: int = eqx.field(static=True)
+    activation: str = eqx.field(static=True)
+    use_bias: bool = eqx.field(static=True)
+    block_size: int | None = eqx.field(static=True)
+
+    @jaxtyped(typechecker=beartype)
+    def __init__(
+        self,
+        size: int,
+        hidden_size: int | None = None,
+        activation: str = "gelu",
+        use_bias: bool = False,
+        dropout_p: float | int = 0.0,
+        inference: bool = False,
+        block_size: int | None = None,
+        dtype: Any = None,
+        *,
+        key: PRNGKeyArray,
+    ):
+        """**Arguments:**
+
+        - `size`: The number of channels of a token, in and out.
+        - `hidden_size`: The number of channels of the hidden layer. Defaults to
+            `4 * size`.
+        - `activation`: `"relu"`, `"gelu"` (by tanh), `"gelu_exact"` (by erf) or
+            `"silu"`; or one of the gated `"glu"`, `"reglu"`, `"geglu"` and `"swiglu"`,
+            which have a third matrix.
+        - `use_bias`: Whether the linear maps have biases.
+        - `dropout_p`: Dropout probability on the hidden layer.
+        - `inference`: Whether to leave dropout out. May be toggled by
+            `equinox.nn.inference_mode`.
+        - `block_size`: How many tokens are computed at a time. Defaults to all.
+        - `dtype`: The dtype of the parameters. Defaults to float32, or to float64 if
+            JAX is in 64-bit mode.
+        - `key`: A `jax.random.key` to initialise the parameters. (Keyword only
+            argument.)
+
+        **Raises:**
+
+        A `ValueError` if a size is not positive, `dropout_p` is not in [0, 1), or
+        `activation` is unknown.
+        """
+        hidden_size = 4 * size if hidden_size is None else hidden_size
+        for name, number in (
+            ("size", size),
+            ("hidden_size", hidden_size),
+            ("block_size", 1 if block_size is None else block_size),
+        ):
+            if number < 1:
+                raise ValueError(f"FeedForward: {name} must be positive; got {number}.")
+        if not 0 <= dropout_p < 1:
+            raise ValueError(f"FeedForward: dropout_p must be in [0, 1); got {dropout_p}.")
+        if activation not in _activations:
+            known = ", ".join(repr(name) for name in _activations)
+            raise ValueError(
+                f"FeedForward: activation must be one of {known}; got {activation!r}."
+            )
+        _, gated = _activations[activation]
+        up_key, gate_key, down_key = jr.split(key, 3)
+        linear = ft.partial(eqx.nn.Linear, use_bias=use_bias, dtype=dtype)
+        self.up_proj = linear(size, hidden_size, key=up_key)
+        self.gate_proj = linear(size, hidden_size, key=gate_key) if gated else None
+        self.down_proj = linear(hidden_size, size, key=down_key)
+        self.dropout = eqx.nn.Dropout(float(dropout_p), inference=inference)
+
+        self.size = size
+        self.hidden_size = hidden_size
+        self.activation = activation
+        self.use_bias = use_bias
+        self.block_size = block_size
+
+    @jax.named_scope("eqa.FeedForward")
+    @jaxtyped(typechecker=beartype)
+    def __call__(
+        self,
+        x: Float[Array, "seq size"],
+        *,
+        key: PRNGKeyArray | None = None,
+        inference: bool | None = None,
+    ) -> Float[Array, "seq size"]:
+        """**Arguments:**
+
+        - `x`: The tokens, of shape `(seq, size)`. Use `jax.vmap` for batches.
+        - `key`: A `jax.random.key` for dropout, of which each token gets its own.
+            Unused if there is no dropout. (Keyword only argument.)
+        - `inference`: Whether to leave dropout out. Defaults to what the module was
+            made with, or set to by `equinox.nn.inference_mode`. (Keyword only
+            argument.)
+
+        **Returns:**
+
+        An array of shape `(seq, size)`.
+
+        **Raises:**
+
+        A `TypeError` if `x` has a wrong rank, axis or dtype; a `ValueError` if there is
+        dropout and `key` is missing.
+        """
+        if x.shape[-1] != self.size:
+            raise TypeError(
+                f"FeedForward: x must have shape (seq, {self.size}); got {x.shape}."
+            )
+        inference = self.dropout.inference if inference is None else inference
+        if inference or (isinstance(self.dropout.p, float) and self.dropout.p == 0):
+            key = None
+        elif key is None:
+            raise ValueError(
+                f"FeedForward: key is needed for dropout of {self.dropout.p}; pass "
+                "key=..., or inference=True."
+            )
+        token = jax.tree_util.Partial(_token, self)
+        if self.block_size is None:
+            return tokenwise(token, x, jnp.arange(x.shape[0]), key)
+        return blockwise(token, x, self.block_size, key=key)
+
+
+def _token(ff: FeedForward, x: Array, *, key: PRNGKeyArray | None = None) -> Array:
+    activation, _ = _activations[ff.activation]
+    hidden = ff.up_proj(x)
+    if ff.gate_proj is None:
+        hidden = activation(hidden)
+    else:
+        hidden = activation(ff.gate_proj(x)) * hidden
+    hidden = ff.dropout(hidden, key=key, inference=key is None)
+    return ff.down_proj(hidden)

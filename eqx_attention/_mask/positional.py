@@ -1,0 +1,237 @@
+"""Masks that go by the positions of tokens."""
+
+from typing import Self
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from .._axes import axes
+from .._static import is_number, Static, static_or_leaf, unwrap
+from .._tokens import Bounds, Tile
+from .base import AbstractMask, Or, Summary
+
+
+_Number = Static | Int[Array, "..."]
+
+
+def _integer(where: str, x, least: int | None = None, optional: bool = False):
+    """Stores an argument that is a Python integer, or an integer array `"*#batch"`."""
+    x = static_or_leaf(x)
+    if isinstance(x, Static):
+        value = x.value
+        if value is None and optional:
+            return x
+        if not is_number(value) or value != int(value):
+            also = " or None" if optional else ""
+            raise TypeError(f"{where}: expected an integer{also}, got {value!r}.")
+        if least is not None and value < least:
+            raise ValueError(f"{where}: expected at least {least}, got {value}.")
+        return Static(int(value))
+    if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.integer):
+        got = getattr(x, "dtype", type(x).__name__)
+        raise TypeError(f"{where}: expected an integer or an integer array, got {got}.")
+    return x.astype(jnp.int32)
+
+
+class Causal(AbstractMask):
+    r"""A query sees the keys at its own position and before it: $j \le i + \text{offset}$."""
+
+    _offset: _Number = axes("batch")
+
+    def __init__(self, offset: int | Int[Array, "*batch"] = 0):
+        """**Arguments:**
+
+        - `offset`: how many positions after its own a query sees (negative: how many
+            before it are hidden). A Python integer, which is static, or an integer array
+            that broadcasts against the batch axes. Default 0.
+        """
+        self._offset = _integer("Causal(offset)", offset)
+
+    @property
+    def offset(self) -> int | Int[Array, "..."]:
+        return unwrap(self._offset)
+
+    def __repr__(self) -> str:
+        return f"Causal(offset={self._offset!r})"
+
+    def visible(self, tile: Tile) -> Bool[Array, "#head #query #key"]:
+        return tile.kv_position <= tile.q_position + self.offset
+
+    def summary(self, upper: Self, bounds: Bounds) -> Summary:
+        low, high = bounds
+        return Summary(
+            low.kv_position <= high.q_position + upper.offset,
+            high.kv_position <= low.q_position + self.offset,
+        )
+
+
+class SlidingWindow(AbstractMask):
+    r"""A query sees the keys near it: $-\text{left} \le j - i \le \text{right}$.
+
+    Counts exclude the query itself: `SlidingWindow(255)` sees 256 keys.
+
+    ??? cite
+
+        [Longformer: The Long-Document Transformer](https://arxiv.org/abs/2004.05150)
+
+        ```bibtex
+        @article{beltagy2020longformer,
+            title={Longformer: The Long-Document Transformer},
+            author={Beltagy, Iz and Peters, Matthew E. and Cohan, Arman},
+            journal={arXiv:2004.05150},
+            year={2020}
+        }
+        ```
+    """
+
+    _left: _Number = axes("batch")
+    _right: _Number = axes("batch")
+
+    def __init__(
+        self,
+        left: int | None | Int[Array, "*batch"],
+        right: int | None | Int[Array, "*batch"] = 0,
+    ):
+        """**Arguments:**
+
+        - `left`: how many positions before its own a query sees. `None` is unbounded.
+        - `right`: how many positions after its own a query sees. `None` is unbounded.
+            Default 0.
+
+        Each is a Python integer, which is static, or an integer array that broadcasts
+        against the batch axes (so that one scan runs over layers of several windows).
+
+        **Raises:** `ValueError` if a Python integer is negative.
+        """
+        self._left = _integer("SlidingWindow(left)", left, 0, optional=True)
+        self._right = _integer("SlidingWindow(right)", right, 0, optional=True)
+
+    def __check_init__(self):
+        _integer("SlidingWindow(left)", self._left, 0, optional=True)
+        _integer("SlidingWindow(right)", self._right, 0, optional=True)
+
+    @property
+    def left(self) -> int | None | Int[Array, "..."]:
+        return unwrap(self._left)
+
+    @property
+    def right(self) -> int | None | Int[Array, "..."]:
+        return unwrap(self._right)
+
+    def __repr__(self) -> str:
+        return f"SlidingWindow(left={self._left!r}, right={self._right!r})"
+
+    def visible(self, tile: Tile) -> Bool[Array, "#head #query #key"]:
+        distance = tile.kv_position - tile.q_position
+        yes = jnp.ones((1, 1, 1), bool)
+        left = yes if self.left is None else distance >= -self.left
+        right = yes if self.right is None else distance <= self.right
+        return left & right
+
+    def summary(self, upper: Self, bounds: Bounds) -> Summary:
+        least = bounds.lower.kv_position - bounds.upper.q_position
+        most = bounds.upper.kv_position - bounds.lower.q_position
+        some, every = jnp.ones((2, 1, 1, 1), bool)
+        if self.left is not None:
+            some, every = some & (most >= -upper.left), every & (least >= -self.left)
+        if self.right is not None:
+            some, every = some & (least <= upper.right), every & (most <= self.right)
+        return Summary(some, every)
+
+
+class Prefix(AbstractMask):
+    r"""Every query sees the keys at the first positions: $j < \text{length}$."""
+
+    _length: _Number = axes("batch")
+
+    def __init__(self, length: int | Int[Array, "*batch"]):
+        """**Arguments:**
+
+        - `length`: how many positions, from 0, are visible. A Python integer, which is
+            static, or an integer array that broadcasts against the batch axes.
+
+        **Raises:** `ValueError` if a Python integer is negative.
+        """
+        self._length = _integer("Prefix(length)", length, 0)
+
+    def __check_init__(self):
+        _integer("Prefix(length)", self._length, 0)
+
+    @property
+    def length(self) -> int | Int[Array, "..."]:
+        return unwrap(self._length)
+
+    def __repr__(self) -> str:
+        return f"Prefix(length={self._length!r})"
+
+    def visible(self, tile: Tile) -> Bool[Array, "#head #query #key"]:
+        return tile.kv_position < self.length
+
+    def summary(self, upper: Self, bounds: Bounds) -> Summary:
+        return Summary(
+            bounds.lower.kv_position < upper.length,
+            bounds.upper.kv_position < self.length,
+        )
+
+
+def PrefixLM(length: int | Int[Array, "*batch"]) -> Or:
+    """Causal attention, except that the first `length` positions are seen by all queries.
+
+    This is `Causal() | Prefix(length)`; see [`eqx_attention.Prefix`][].
+
+    ??? cite
+
+        [Exploring the Limits of Transfer Learning with a Unified Text-to-Text
+        Transformer](https://arxiv.org/abs/1910.10683)
+
+        ```bibtex
+        @article{raffel2020exploring,
+            title={Exploring the Limits of Transfer Learning with a Unified Text-to-Text
+                   Transformer},
+            author={Raffel, Colin and Shazeer, Noam and Roberts, Adam and Lee, Katherine
+                    and Narang, Sharan and Matena, Michael and Zhou, Yanqi and Li, Wei
+                    and Liu, Peter J.},
+            journal={Journal of Machine Learning Research},
+            volume={21},
+            year={2020}
+        }
+        ```
+    """
+    return Or((Causal(), Prefix(length)))
+
+
+class Chunked(AbstractMask):
+    r"""A query sees its own chunk of positions: $\lfloor j / s \rfloor = \lfloor i / s \rfloor$."""
+
+    _size: _Number = axes("batch")
+
+    def __init__(self, size: int | Int[Array, "*batch"]):
+        """**Arguments:**
+
+        - `size`: how many positions a chunk has. A Python integer, which is static, or an
+            integer array that broadcasts against the batch axes.
+
+        **Raises:** `ValueError` if a Python integer is not positive.
+        """
+        self._size = _integer("Chunked(size)", size, 1)
+
+    def __check_init__(self):
+        _integer("Chunked(size)", self._size, 1)
+
+    @property
+    def size(self) -> int | Int[Array, "..."]:
+        return unwrap(self._size)
+
+    def __repr__(self) -> str:
+        return f"Chunked(size={self._size!r})"
+
+    def visible(self, tile: Tile) -> Bool[Array, "#head #query #key"]:
+        return tile.q_position // self.size == tile.kv_position // self.size
+
+    def summary(self, upper: Self, bounds: Bounds) -> Summary:
+        # `size` belongs to no token, so `self` and `upper` hold the same.
+        q_low, q_high = (b.q_position // self.size for b in bounds)
+        kv_low, kv_high = (b.kv_position // self.size for b in bounds)
+        some = (q_low <= kv_high) & (kv_low <= q_high)
+        every = (q_low == q_high) & (kv_low == kv_high) & (q_low == kv_low)
+        return Summary(some, every)

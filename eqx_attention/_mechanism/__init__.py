@@ -1,0 +1,10 @@
+from .auto import Auto as Auto
+from .base import (
+    AbstractMechanism as AbstractMechanism,
+    Blocks as Blocks,
+    Pairs as Pairs,
+    Request as Request,
+)
+from .blockwise import Blockwise as Blockwise
+from .primitive import attention as attention
+from .vanilla import Vanilla as Vanilla

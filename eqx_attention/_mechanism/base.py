@@ -1,0 +1,132 @@
+from abc import abstractmethod
+from typing import NamedTuple
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .._axes import axes
+from .._dropout import Dropout
+from .._mask import AbstractMask
+from .._score import AbstractScore
+from .._static import Static
+from .._tokens import Tokens
+
+
+class Pairs(eqx.Module):
+    """All that is said of (query token, key token) pairs, but for their logits' dot
+    products. Each array has the axes (batch, head, query, key, *rest), of size one where it
+    does not have the axis; see `_axes.py`."""
+
+    mask: AbstractMask
+    score: tuple[AbstractScore, ...]
+    scale: Static | Float[Array, "..."] = axes("head")
+    dropout: Dropout | None
+    q: Tokens
+    kv: Tokens
+
+
+class Request(eqx.Module):
+    """What a mechanism is asked for: everything but the sinks, with one batch axis.
+
+    - `query`: `"batch q_len q_heads head_dim"`
+    - `key_`: `"batch kv_len kv_heads head_dim"`
+    - `value`: `"batch kv_len kv_heads value_dim"`
+    - `platform`: `"cpu"`, `"gpu"` or `"tpu"`, where this will run.
+    """
+
+    query: Float[Array, "batch q_len q_heads head_dim"]
+    key_: Float[Array, "batch kv_len kv_heads head_dim"]
+    value: Float[Array, "batch kv_len kv_heads value_dim"]
+    pairs: Pairs
+    precision: str | None = eqx.field(static=True)
+    platform: str = eqx.field(static=True)
+
+    @property
+    def dtype(self):
+        """The dtype of statistics and accumulation."""
+        return jnp.promote_types(self.query.dtype, jnp.float32)
+
+    @property
+    def operand_dtype(self):
+        """The dtype of the operands of both matrix products.
+
+        CPUs have no products of 16-bit floats that are faster than those of float32.
+        """
+        return self.dtype if self.platform == "cpu" else self.query.dtype
+
+    @property
+    def groups(self) -> int:
+        """How many query heads read one key head."""
+        return self.query.shape[2] // self.key_.shape[2]
+
+
+class Blocks(NamedTuple):
+    """The size of a tile: how many batch elements, key heads, query and key tokens."""
+
+    batch: int
+    heads: int
+    query: int
+    key: int
+
+
+Gradients = tuple[Array, Array, Array, tuple[Array, ...]]
+
+
+class AbstractMechanism(eqx.Module):
+    """Does the arithmetic of attention. Every mechanism accepts every mask and every score,
+    or refuses with a reason."""
+
+    @abstractmethod
+    def unsupported(self, request: Request) -> tuple[str, ...]:
+        """The reasons for which a request is refused; none if it is accepted.
+
+        It looks at static facts alone: shapes, dtypes, types, the platform.
+        """
+
+    @abstractmethod
+    def forward(
+        self, request: Request
+    ) -> tuple[
+        Float[Array, "batch q_len q_heads value_dim"], Float[Array, "batch q_len q_heads"]
+    ]:
+        """Attends.
+
+        **Returns:**
+
+        `(out, lse)`, both in the dtype of accumulation. Rows that see no key are 0 and
+        $-\\infty$.
+        """
+
+    @abstractmethod
+    def backward(
+        self,
+        request: Request,
+        out: Float[Array, "batch q_len q_heads value_dim"],
+        lse: Float[Array, "batch q_len q_heads"],
+        dout: Float[Array, "batch q_len q_heads value_dim"],
+        dlse: Float[Array, "batch q_len q_heads"],
+        wrt: tuple[int, ...],
+    ) -> Gradients:
+        """The gradient of `forward`.
+
+        **Arguments:**
+
+        - `request`: as for `forward`.
+        - `out`, `lse`: what `forward` gave; or the same over more keys than the request
+            holds, and then this is the request's part of the whole gradient.
+        - `dout`, `dlse`: the cotangents of these.
+        - `wrt`: which of the leaves of `request.pairs` to differentiate too, by number.
+
+        **Returns:**
+
+        `(dq, dk, dv, dleaves)`, in the dtype of accumulation.
+        """
+
+    @abstractmethod
+    def blocks(self, request: Request) -> Blocks:
+        """The size of the tiles in which the portable derivatives work."""
+
+    @abstractmethod
+    def explain(self, request: Request) -> str:
+        """One line that says how a request would be computed."""

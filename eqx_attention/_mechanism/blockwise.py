@@ -1,0 +1,262 @@
+import functools as ft
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from .._axes import (
+    add,
+    add_at,
+    Block,
+    ceil_div,
+    largest_divisor,
+    slice_at,
+    write_at,
+)
+from .base import AbstractMechanism, Blocks, Gradients, Request
+from .plan import always_masked, Grid, grid, kinds, lists, never_masked
+from .tile import heads_first, queries_by_keys, row_terms, TileOf, tokens_first
+
+
+# How large a tile is by default: tokens a side, and pairs in all (batch elements times
+# query heads times query tokens times key tokens). Measured: benchmarks/cpu.py.
+_TOKENS = 512
+_PAIRS = 2**19
+
+
+class Blockwise(AbstractMechanism):
+    """Attends tile by tile, in memory that is linear in the sequence length.
+
+    A loop over blocks of queries, and within it a loop over those blocks of keys that the
+    mask lets the queries see: tiles that are EMPTY are not computed, those that are FULL
+    are not masked. The softmax is computed online; the one division comes after the loop.
+    The gradient recomputes the weights of each tile from the log-sum-exp.
+
+    ??? cite
+
+        [Self-attention Does Not Need $O(n^2)$ Memory](https://arxiv.org/abs/2112.05682),
+        [FlashAttention-2: Faster Attention with Better Parallelism and Work
+        Partitioning](https://arxiv.org/abs/2307.08691)
+
+        ```bibtex
+        @article{rabe2021selfattention,
+            title={Self-attention Does Not Need {$O(n^2)$} Memory},
+            author={Rabe, Markus N. and Staats, Charles},
+            journal={arXiv:2112.05682},
+            year={2021}
+        }
+        @inproceedings{dao2024flashattention2,
+            title={Flash{A}ttention-2: Faster Attention with Better Parallelism and Work
+                   Partitioning},
+            author={Dao, Tri},
+            booktitle={International Conference on Learning Representations},
+            year={2024}
+        }
+        ```
+    """
+
+    block_q: int | None = eqx.field(static=True)
+    block_k: int | None = eqx.field(static=True)
+
+    def __init__(self, block_q: int | None = None, block_k: int | None = None):
+        """**Arguments:**
+
+        - `block_q`, `block_k`: how many query (key) tokens a tile has. By default chosen
+            from the shapes. Sequences need not be multiples of them.
+
+        **Raises:** `ValueError` if they are not positive.
+        """
+        self.block_q = block_q
+        self.block_k = block_k
+        self.__check_init__()
+
+    def __check_init__(self):
+        for name in ("block_q", "block_k"):
+            size = getattr(self, name)
+            if size is None:
+                continue
+            if isinstance(size, bool) or not isinstance(size, int):
+                raise TypeError(f"Blockwise({name}): expected an integer, got {size!r}.")
+            if size < 1:
+                raise ValueError(f"Blockwise({name}): expected at least 1, got {size}.")
+
+    def unsupported(self, request: Request) -> tuple[str, ...]:
+        return ()
+
+    def blocks(self, request: Request) -> Blocks:
+        batch, q_len, _, _ = request.query.shape
+        _, kv_len, heads, _ = request.key_.shape
+        block_q, block_k = _size(self.block_q, q_len), _size(self.block_k, kv_len)
+        pairs = request.groups * block_q * block_k
+        if request.platform != "cpu":
+            return Blocks(batch, heads, block_q, block_k)
+        block_h = largest_divisor(heads, _PAIRS // pairs)
+        pairs = pairs * block_h
+        block_b = largest_divisor(batch, _PAIRS // pairs) if block_h == heads else 1
+        return Blocks(block_b, block_h, block_q, block_k)
+
+    def forward(
+        self, request: Request
+    ) -> tuple[
+        Float[Array, "batch q_len q_heads value_dim"], Float[Array, "batch q_len q_heads"]
+    ]:
+        tiles, overlaps = grid(request, self.blocks(request)), (False, True)
+        q, k, v = (
+            heads_first(request, x) for x in (request.query, request.key_, request.value)
+        )
+        table = lists(kinds(request, tiles, overlaps))
+
+        def row(carry, n):
+            b, h, i = _place(tiles, n, tiles.counts.query)
+            columns, full, some = table.row(b, h, i)
+            q_tile = _take(q, tiles, b, h, 0, i)
+
+            def tile(masked, t, state):
+                j = columns[t]
+                at = TileOf(
+                    request,
+                    _block(tiles, b, h, i, j),
+                    (None, tiles.fresh(1, j)),
+                    masked=masked,
+                )
+                out, top, total = state
+                logits = at.logits(queries_by_keys(request, q_tile, _take(k, tiles, b, h, 1, j)))
+                new = jnp.maximum(top, logits.max(axis=-1))
+                finite = jnp.where(jnp.isneginf(new), 0, new)
+                weights = jnp.exp(logits - finite[..., None])
+                decay = jnp.exp(top - finite)
+                total = total * decay + weights.sum(axis=-1)
+                more = at.attended(at.drop(weights), _take(v, tiles, b, h, 1, j))
+                return out * decay[..., None] + more, new, total
+
+            shape = q_tile.shape[:3]
+            state = (
+                jnp.zeros((*shape, v.shape[-1]), request.dtype),
+                jnp.full(shape, -jnp.inf, request.dtype),
+                jnp.zeros(shape, request.dtype),
+            )
+            out, top, total = _loop(
+                tile, full, some, state, request, tiles, overlaps
+            )
+            lse = jnp.where(total == 0, -jnp.inf, top + jnp.log(total))
+            out = out / jnp.where(total == 0, 1, total)[..., None]
+            start = (b * tiles.sizes.batch, tiles.starts(0, i), _head(tiles, h), 0)
+            return (
+                write_at(carry[0], start, tokens_first(out)),
+                write_at(carry[1], start[:3], lse.swapaxes(1, 2)),
+            ), None
+
+        batch, q_len, heads, _ = request.query.shape
+        empty = (
+            jnp.zeros((batch, q_len, heads, v.shape[-1]), request.dtype),
+            jnp.zeros((batch, q_len, heads), request.dtype),
+        )
+        rows = tiles.counts.batch * tiles.counts.heads * tiles.counts.query
+        (out, lse), _ = lax.scan(row, empty, jnp.arange(rows, dtype=jnp.int32))
+        return out, lse
+
+    def backward(
+        self,
+        request: Request,
+        out: Float[Array, "batch q_len q_heads value_dim"],
+        lse: Float[Array, "batch q_len q_heads"],
+        dout: Float[Array, "batch q_len q_heads value_dim"],
+        dlse: Float[Array, "batch q_len q_heads"],
+        wrt: tuple[int, ...],
+    ) -> Gradients:
+        tiles, overlaps = grid(request, self.blocks(request)), (True, True)
+        q, lse, dout, delta = row_terms(request, out, lse, dout, dlse)
+        k, v = heads_first(request, request.key_), heads_first(request, request.value)
+        by_query = kinds(request, tiles, overlaps)
+        table = lists(type(by_query)(*(x.swapaxes(2, 3) for x in by_query)))
+
+        def row(carry, n):
+            dq, dk, dv, dleaves = carry
+            b, h, j = _place(tiles, n, tiles.counts.key)
+            columns, full, some = table.row(b, h, j)
+            k_tile, v_tile = _take(k, tiles, b, h, 1, j), _take(v, tiles, b, h, 1, j)
+
+            def tile(masked, t, state):
+                dq, dk_tile, dv_tile, dleaves = state
+                i = columns[t]
+                block = _block(tiles, b, h, i, j)
+                at = TileOf(request, block, (tiles.fresh(0, i), tiles.fresh(1, j)), masked)
+                rows = [_take(x, tiles, b, h, 0, i) for x in (lse, dout, delta)]
+                q_tile = _take(q, tiles, b, h, 0, i)
+                more = at.gradient(q_tile, k_tile, v_tile, *rows, wrt)
+                start = (block.starts[0], block.starts[1], block.starts[2], 0)
+                dleaves = tuple(
+                    add(old, block, new.astype(old.dtype))
+                    for old, new in zip(dleaves, more[3], strict=True)
+                )
+                return add_at(dq, start, more[0]), dk_tile + more[1], dv_tile + more[2], dleaves
+
+            zeros = (jnp.zeros(x.shape, request.dtype) for x in (k_tile, v_tile))
+            state = (dq, *zeros, dleaves)
+            dq, dk_tile, dv_tile, dleaves = _loop(
+                tile, full, some, state, request, tiles, overlaps
+            )
+            start = (b * tiles.sizes.batch, h * tiles.sizes.heads, tiles.starts(1, j), 0)
+            dk, dv = add_at(dk, start, dk_tile), add_at(dv, start, dv_tile)
+            return (dq, dk, dv, dleaves), None
+
+        leaves = jax.tree.leaves(request.pairs)
+        zeros = [jnp.zeros(x.shape, request.dtype) for x in (q, k, v)]
+        zeros.append(tuple(jnp.zeros(leaves[n].shape, request.dtype) for n in wrt))
+        rows = tiles.counts.batch * tiles.counts.heads * tiles.counts.key
+        carry, _ = lax.scan(row, tuple(zeros), jnp.arange(rows, dtype=jnp.int32))
+        dq, dk, dv = map(tokens_first, carry[:3])
+        return dq, dk, dv, carry[3]
+
+    def explain(self, request: Request) -> str:
+        sizes = self.blocks(request)
+        tiles = grid(request, sizes)
+        return (
+            f"blockwise: {tiles.counts.query} × {tiles.counts.key} tiles of {sizes.query} "
+            f"queries × {sizes.key} keys × {sizes.heads * request.groups} heads × "
+            f"{sizes.batch} batch elements"
+        )
+
+
+def _size(given: int | None, length: int) -> int:
+    if given is not None:
+        return min(given, length)
+    return ceil_div(length, ceil_div(length, _TOKENS))
+
+
+def _place(tiles: Grid, n, rows: int):
+    """(batch, head, row) of the n-th row of tiles."""
+    return n // (tiles.counts.heads * rows), n // rows % tiles.counts.heads, n % rows
+
+
+def _head(tiles: Grid, h):
+    """The first query head of a block of key heads."""
+    return h * (tiles.sizes.heads * tiles.groups)
+
+
+def _block(tiles: Grid, b, h, i, j) -> Block:
+    sizes = tiles.sizes
+    starts = (b * sizes.batch, _head(tiles, h), tiles.starts(0, i), tiles.starts(1, j))
+    heads = sizes.heads * tiles.groups
+    return Block(starts, (sizes.batch, heads, sizes.query, sizes.key))
+
+
+def _take(x: Array, tiles: Grid, b, h, axis: int, n) -> Array:
+    """One block of queries (`axis` 0) or keys (1), of an array with heads first."""
+    sizes = tiles.sizes
+    heads = sizes.heads * (tiles.groups if axis == 0 else 1)
+    starts = [b * sizes.batch, h * heads, tiles.starts(axis, n)] + [0] * (x.ndim - 3)
+    shape = (sizes.batch, heads, sizes[2 + axis], *x.shape[3:])
+    return slice_at(x, starts, shape)
+
+
+def _loop(tile, full, some, state, request: Request, tiles: Grid, overlaps):
+    """Runs over a row's FULL tiles without masking, then over its PARTIAL ones."""
+    if always_masked(tiles) and not never_masked(request, tiles, overlaps):
+        return lax.fori_loop(0, some, ft.partial(tile, True), state)
+    state = lax.fori_loop(0, full, ft.partial(tile, False), state)
+    if never_masked(request, tiles, overlaps):
+        return state
+    return lax.fori_loop(full, some, ft.partial(tile, True), state)

@@ -1,0 +1,175 @@
+"""The arithmetic of one tile: its mask, its logits, its gradient and its tangent.
+
+Arrays of a tile have the axes (batch, head, query, key); those of queries have (batch,
+query head, query, channel), those of keys (batch, key head, key, channel).
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from .._axes import Block, cut, over_batch
+from .._static import is_array, unwrap
+from .._tokens import tile
+from .base import Pairs, Request
+
+
+class TileOf:
+    """One tile of a request: `Pairs` sliced to a block, and what follows from that."""
+
+    def __init__(
+        self, request: Request, block: Block, fresh: tuple = (None, None), masked=True
+    ):
+        """`fresh` is the first (query index, key index) that no earlier tile holds."""
+        self.request = request
+        leaves, self.treedef = jax.tree.flatten(request.pairs)
+        self.leaves = [cut(x, block) if is_array(x) else x for x in leaves]
+        self.pairs: Pairs = jax.tree.unflatten(self.treedef, self.leaves)
+        self.tokens = tile(self.pairs.q, self.pairs.kv, block)
+        self.visible = self._visible(fresh) if masked else None
+
+    def _visible(self, fresh) -> Bool[Array, "#batch #head #query #key"]:
+        def of_mask(tree):
+            pairs, tokens = tree
+            return pairs.mask.visible(tokens)
+
+        visible = over_batch(of_mask, (self.pairs, self.tokens))
+        indices = (self.tokens.q_index, self.tokens.kv_index)
+        for index, first in zip(indices, fresh, strict=True):
+            if first is not None:
+                visible = visible & (index >= first)
+        return visible
+
+    def logits(self, qk: Array, wrt: tuple[int, ...] = (), leaves=()) -> Array:
+        """Scale, scores and mask, of the dot products of a tile."""
+        old = list(self.leaves)
+        for n, leaf in zip(wrt, leaves, strict=True):
+            old[n] = leaf
+        pairs: Pairs = jax.tree.unflatten(self.treedef, old)
+
+        def scaled_and_scored(tree, logit):
+            pairs, tokens = tree
+            scale = unwrap(pairs.scale)
+            logit = logit * (scale.astype(logit.dtype) if is_array(scale) else scale)
+            for score in pairs.score:
+                logit = score(logit, tokens)
+            return logit
+
+        if self.visible is not None and (pairs.score or is_array(pairs.scale)):
+            # Where nothing is seen, no derivative of a score may meet a NaN.
+            qk = jnp.where(self.visible, qk, 0)
+        logits = over_batch(scaled_and_scored, (pairs, self.tokens), qk)
+        if self.visible is not None:
+            logits = jnp.where(self.visible, logits, -jnp.inf)
+        return logits
+
+    def drop(self, weights: Array) -> Array:
+        dropout = self.pairs.dropout
+        if dropout is None:
+            return weights
+        return jnp.where(dropout.keep(), weights / (1 - dropout.rate), 0)
+
+    def clean(self, x: Array) -> Array:
+        """Keys and values for the products with weights: weights of 0 must give 0, also
+        where a token that is not seen holds a NaN."""
+        return x if self.visible is None else jnp.where(jnp.isfinite(x), x, 0)
+
+    def attended(self, weights: Array, value: Array) -> Array:
+        """The weighted sum of values. A value that is seen and not finite gives NaN."""
+        out = weights_by_keys(self.request, weights, self.clean(value))
+        if self.visible is None:
+            return out
+        bad = ~jnp.isfinite(value).all(-1)
+        bad = jnp.repeat(bad, self.request.groups, axis=1) if bad.shape[1] > 1 else bad
+        seen = jnp.any((weights > 0) & bad[:, :, None, :], axis=-1, keepdims=True)
+        return jnp.where(seen, jnp.nan, out)
+
+    def gradient(self, q, k, v, lse, dout, delta, wrt: tuple[int, ...]):
+        """`(dq, dk, dv, dleaves)`; lse is +inf in rows that see nothing."""
+        request = self.request
+        qk = queries_by_keys(request, q, k)
+        leaves = tuple(self.leaves[n] for n in wrt)
+        logits, pull = jax.vjp(lambda qk, xs: self.logits(qk, wrt, xs), qk, leaves)
+        weights = jnp.exp(logits - lse[..., None])
+        dweights = self.drop(queries_by_keys(request, dout, self.clean(v)))
+        dlogits = weights * (dweights - delta[..., None])
+        dqk, dleaves = pull(dlogits)
+        dq = weights_by_keys(request, dqk, self.clean(k))
+        dk = weights_by_queries(request, dqk, q)
+        dv = weights_by_queries(request, self.drop(weights), dout)
+        return dq, dk, dv, dleaves
+
+    def tangent(self, primals, tangents, lse, wrt: tuple[int, ...], tleaves):
+        """This tile's part of the tangent of `out` and `lse`, but for the term
+        `-out * dlse` of the former. Linear in `tangents` and `tleaves`."""
+        request, (q, k, v), (tq, tk, tv) = self.request, primals, tangents
+        leaves = tuple(self.leaves[n] for n in wrt)
+
+        def of_inputs(q, k, leaves):
+            return self.logits(queries_by_keys(request, q, k), wrt, leaves)
+
+        k = self.clean(k)
+        primal, tangent = (q, k, leaves), (tq, tk, tuple(tleaves))
+        logits, tlogits = jax.jvp(of_inputs, primal, tangent)
+        weights = jnp.exp(logits - lse[..., None])
+        moved = weights * tlogits
+        tout = weights_by_keys(request, self.drop(moved), self.clean(v))
+        tout = tout + weights_by_keys(request, self.drop(weights), tv)
+        return tout, moved.sum(-1)
+
+
+def queries_by_keys(request: Request, q: Array, k: Array) -> Array:
+    """`q kᵀ`: (batch, query head, query, key)."""
+    return _product(request, _grouped(q, k.shape[1]), k, 3, 3, q.shape[:3])
+
+
+def weights_by_keys(request: Request, p: Array, k: Array) -> Array:
+    """`p k`: (batch, query head, query, channel)."""
+    return _product(request, _grouped(p, k.shape[1]), k, 3, 2, p.shape[:3])
+
+
+def weights_by_queries(request: Request, p: Array, q: Array) -> Array:
+    """`pᵀ q`, summed over the query heads of a key head: (batch, key head, key, channel)."""
+    heads = p.shape[1] // request.groups
+    p, q = _grouped(p, heads), _grouped(q, heads)
+    return _product(request, p, q, 2, 2, (*p.shape[:2], p.shape[3]))
+
+
+def _grouped(x: Array, heads: int) -> Array:
+    """All rows of the query heads that read one key head, as the rows of that head."""
+    return x.reshape(x.shape[0], heads, -1, x.shape[-1])
+
+
+def _product(request: Request, a: Array, b: Array, axis_a: int, axis_b: int, shape):
+    out = lax.dot_general(
+        a.astype(request.operand_dtype),
+        b.astype(request.operand_dtype),
+        (((axis_a,), (axis_b,)), ((0, 1), (0, 1))),
+        precision=request.precision,
+        preferred_element_type=request.dtype,
+    )
+    return out.reshape(*shape, out.shape[-1])
+
+
+def heads_first(request: Request, x: Float[Array, "batch len heads channels"]) -> Array:
+    return x.transpose(0, 2, 1, 3).astype(request.operand_dtype)
+
+
+def tokens_first(x: Float[Array, "batch heads len channels"]) -> Array:
+    return x.transpose(0, 2, 1, 3)
+
+
+def row_terms(request: Request, out, lse, dout, dlse):
+    """What the gradient needs of each row: `(q, lse, dout, delta)`, heads first.
+
+    Rows that see nothing get the log-sum-exp +inf, so that all their weights are 0, and
+    zeros for what the weights are multiplied with.
+    """
+    empty = jnp.isneginf(lse)[..., None]
+    q = jnp.where(empty, 0, request.query)
+    dout = jnp.where(empty, 0, dout)
+    delta = (dout * out).sum(-1) - jnp.where(empty[..., 0], 0, dlse)
+    lse = jnp.where(empty[..., 0], jnp.inf, lse)
+    dout = tokens_first(dout)
+    return heads_first(request, q), lse.swapaxes(1, 2), dout, delta.swapaxes(1, 2)

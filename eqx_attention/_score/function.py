@@ -1,0 +1,136 @@
+"""Scores that are functions of the logit."""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from .._axes import axes
+from .._function import check_function, example_arguments, features, name, own_params
+from .._static import is_number, Static, static_or_leaf, unwrap
+from .._tokens import Tile
+from .base import AbstractScore
+
+
+class SoftCap(AbstractScore):
+    r"""Keeps logits within $\pm\text{cap}$: $\text{cap} \cdot \tanh(\text{logit} / \text{cap})$.
+
+    ??? cite
+
+        [Gemma 2: Improving Open Language Models at a Practical
+        Size](https://arxiv.org/abs/2408.00118)
+
+        ```bibtex
+        @article{gemma2024,
+            title={Gemma 2: Improving Open Language Models at a Practical Size},
+            author={{Gemma Team}},
+            journal={arXiv:2408.00118},
+            year={2024}
+        }
+        ```
+    """
+
+    _cap: Static | Float[Array, ""] = axes("")
+
+    def __init__(self, cap: float | Float[Array, ""]):
+        """**Arguments:**
+
+        - `cap`: the bound, more than 0. A Python number, which is static, or a
+            differentiable array of no axis.
+
+        **Raises:** `ValueError` if a Python number is not positive and finite.
+        """
+        self._cap = static_or_leaf(cap)
+        _check_cap(self._cap)
+
+    def __check_init__(self):
+        _check_cap(self._cap)
+
+    @property
+    def cap(self) -> float | Float[Array, ""]:
+        return unwrap(self._cap)
+
+    def __repr__(self) -> str:
+        return f"SoftCap(cap={self._cap!r})"
+
+    def __call__(
+        self, logit: Float[Array, "head query key"], tile: Tile
+    ) -> Float[Array, "head query key"]:
+        cap = self.cap
+        if isinstance(self._cap, jax.Array):
+            cap = self._cap.reshape(1, 1, 1).astype(logit.dtype)
+        return cap * jnp.tanh(logit / cap)
+
+
+def _check_cap(cap):
+    if isinstance(cap, Static):
+        if not is_number(cap.value):
+            raise TypeError(f"SoftCap(cap): expected a number, got {cap.value!r}.")
+        if not 0 < cap.value < float("inf"):
+            raise ValueError(f"SoftCap(cap): expected a number > 0, got {cap.value}.")
+    elif cap.ndim != 0 or not jnp.issubdtype(cap.dtype, jnp.floating):
+        raise TypeError(
+            f"SoftCap(cap): expected a floating-point array of no axis, got {cap.dtype} "
+            f"of shape {cap.shape}."
+        )
+
+
+class ScoreFn(AbstractScore):
+    """Any elementwise function of the logit and its pair. FlexAttention's `score_mod`.
+
+    See [`eqx_attention.Predicate`][], which is the same for masks.
+    """
+
+    q_features: PyTree[Array] = axes("batch query")
+    kv_features: PyTree[Array] = axes("batch key")
+    params: PyTree = axes("")
+    fn: Callable = eqx.field(static=True)
+
+    def __init__(
+        self,
+        fn: Callable,
+        q_features: PyTree[Array] = (),
+        kv_features: PyTree[Array] = (),
+        params: PyTree = (),
+    ):
+        """**Arguments:**
+
+        - `fn`: `fn(logit, q_pos, kv_pos, head, q_feature, kv_feature, params)` returns the
+            new logit. Written in `jax.numpy`, elementwise: the arguments but `params` are
+            arrays that broadcast to the tile that is looked at.
+        - `q_features`, `kv_features`: pytrees of arrays `"*#batch q_len"` and
+            `"*#batch kv_len"`, by index, whose values of each token reach `fn`.
+        - `params`: a pytree that `fn` gets as it is.
+
+        All floating-point arrays are differentiable. Compiled code is reused where `fn` is
+        the same object: a function defined anew for each call is compiled anew.
+
+        **Raises:** `ValueError` if `fn` captures arrays; `TypeError` if it does not return
+            floating-point numbers that broadcast to the tile.
+        """
+        self.fn = fn
+        self.q_features = features("ScoreFn(q_features)", q_features)
+        self.kv_features = features("ScoreFn(kv_features)", kv_features)
+        self.params = params
+        logit = jax.ShapeDtypeStruct((2, 3, 5), jnp.float32)
+        arguments = example_arguments(self.q_features, self.kv_features, params)
+        check_function("ScoreFn", fn, (logit, *arguments), jnp.floating)
+
+    def __repr__(self) -> str:
+        return f"ScoreFn({name(self.fn)})"
+
+    def __call__(
+        self, logit: Float[Array, "head query key"], tile: Tile
+    ) -> Float[Array, "head query key"]:
+        out = self.fn(
+            logit,
+            tile.q_position,
+            tile.kv_position,
+            tile.head,
+            self.q_features,
+            self.kv_features,
+            own_params(self.params),
+        )
+        return jnp.broadcast_to(out.astype(logit.dtype), logit.shape)

@@ -1,0 +1,165 @@
+"""Scores that go by the positions of tokens."""
+
+import math
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from .._axes import axes
+from .._static import is_array
+from .._tokens import Tile
+from .base import AbstractScore
+
+
+class ALiBi(AbstractScore):
+    r"""Adds $-\text{slope} \cdot |i - j|$ to the logit.
+
+    ??? cite
+
+        [Train Short, Test Long: Attention with Linear Biases Enables Input Length
+        Extrapolation](https://arxiv.org/abs/2108.12409)
+
+        ```bibtex
+        @inproceedings{press2022train,
+            title={Train Short, Test Long: Attention with Linear Biases Enables Input
+                   Length Extrapolation},
+            author={Press, Ofir and Smith, Noah A. and Lewis, Mike},
+            booktitle={International Conference on Learning Representations},
+            year={2022}
+        }
+        ```
+    """
+
+    slopes: Float[Array, " q_heads"] = axes("head")
+
+    def __init__(self, slopes: Float[Array, " q_heads"]):
+        """**Arguments:**
+
+        - `slopes`: one slope a query head. They are differentiable.
+
+        **Raises:** `TypeError` if it is not a floating-point array of one axis.
+        """
+        self.slopes = _float_array("ALiBi(slopes)", slopes, 1)
+
+    @staticmethod
+    def standard(num_heads: int) -> "ALiBi":
+        """The slopes of the paper: a geometric sequence that starts at
+        $2^{-8/\\text{num\\_heads}}$, with that as its ratio. Between powers of two, the
+        sequence of the lower one is followed by every other slope of the higher one.
+        """
+        if num_heads < 1:
+            raise ValueError(f"ALiBi.standard(num_heads): expected >= 1, got {num_heads}.")
+        lower = 2 ** math.floor(math.log2(num_heads))
+        slopes = [2.0 ** (-8 * (i + 1) / lower) for i in range(lower)]
+        finer = [2.0 ** (-8 * (i + 1) / (2 * lower)) for i in range(0, 2 * lower, 2)]
+        return ALiBi(jnp.asarray((slopes + finer)[:num_heads], jnp.float32))
+
+    def __call__(
+        self, logit: Float[Array, "head query key"], tile: Tile
+    ) -> Float[Array, "head query key"]:
+        distance = jnp.abs(tile.q_position - tile.kv_position)
+        return logit - self.slopes.astype(logit.dtype) * distance.astype(logit.dtype)
+
+
+class RelativeBias(AbstractScore):
+    """Adds a learned bias for each bucket of distances and each head. T5's.
+
+    Half of the buckets hold one distance each; the others grow logarithmically up to
+    `max_distance`, beyond which all distances share the last. If bidirectional, the first
+    half of all buckets is for keys at or before the query, the second for those after it.
+
+    ??? cite
+
+        [Exploring the Limits of Transfer Learning with a Unified Text-to-Text
+        Transformer](https://arxiv.org/abs/1910.10683)
+
+        ```bibtex
+        @article{raffel2020exploring,
+            title={Exploring the Limits of Transfer Learning with a Unified Text-to-Text
+                   Transformer},
+            author={Raffel, Colin and Shazeer, Noam and Roberts, Adam and Lee, Katherine
+                    and Narang, Sharan and Matena, Michael and Zhou, Yanqi and Li, Wei
+                    and Liu, Peter J.},
+            journal={Journal of Machine Learning Research},
+            volume={21},
+            year={2020}
+        }
+        ```
+    """
+
+    table: Float[Array, "buckets q_heads"] = axes("rest head")
+    bidirectional: bool = eqx.field(static=True)
+    max_distance: int = eqx.field(static=True)
+
+    def __init__(
+        self,
+        table: Float[Array, "buckets q_heads"],
+        bidirectional: bool = True,
+        max_distance: int = 128,
+    ):
+        """**Arguments:**
+
+        - `table`: the bias of each bucket and query head. It is differentiable.
+        - `bidirectional`: whether keys after the query have buckets of their own;
+            otherwise they share that of distance 0. Default `True`.
+        - `max_distance`: the distance from which on all share a bucket. Default 128.
+
+        **Raises:** `TypeError` if `table` is not a floating-point array of two axes;
+            `ValueError` if there are too few buckets or `max_distance` is not beyond the
+            distances that have a bucket of their own.
+        """
+        self.table = _float_array("RelativeBias(table)", table, 2)
+        self.bidirectional = bidirectional
+        self.max_distance = max_distance
+        exact = self.table.shape[0] // (4 if bidirectional else 2)
+        if exact < 1 or (bidirectional and self.table.shape[0] % 2):
+            raise ValueError(
+                "RelativeBias(table): expected an even number of at least 4 buckets if "
+                f"bidirectional, else at least 2; got {self.table.shape[0]}."
+            )
+        if max_distance <= exact:
+            raise ValueError(
+                f"RelativeBias(max_distance): expected more than {exact}, the number of "
+                f"distances with a bucket of their own; got {max_distance}."
+            )
+
+    def buckets(self, distance: Int[Array, "..."], num_buckets: int) -> Int[Array, "..."]:
+        """The bucket of each distance `kv - q`."""
+        base = 0
+        if self.bidirectional:
+            num_buckets //= 2
+            base = jnp.where(distance > 0, num_buckets, 0).astype(jnp.int32)
+            distance = jnp.abs(distance)
+        else:
+            distance = jnp.maximum(-distance, 0)
+        exact = num_buckets // 2
+        # The first distance of each logarithmic bucket, found once, in float64: comparing
+        # integers leaves no rounding at the borders between buckets.
+        ratio = self.max_distance / exact
+        firsts = [
+            math.ceil(exact * ratio ** (n / (num_buckets - exact)) - 1e-9)
+            for n in range(1, num_buckets - exact)
+        ]
+        bucket = jnp.minimum(distance, exact)
+        for first in firsts:
+            bucket = bucket + (distance >= first).astype(jnp.int32)
+        return base + bucket
+
+    def __call__(
+        self, logit: Float[Array, "head query key"], tile: Tile
+    ) -> Float[Array, "head query key"]:
+        num_buckets = self.table.shape[-1]
+        bucket = self.buckets(tile.kv_position - tile.q_position, num_buckets)
+        table = self.table.reshape(-1, num_buckets).astype(logit.dtype)
+        return logit + table[:, bucket[0]]
+
+
+def _float_array(where: str, x, rank: int) -> Array:
+    if not is_array(x) or not jnp.issubdtype(x.dtype, jnp.floating):
+        got = getattr(x, "dtype", type(x).__name__)
+        raise TypeError(f"{where}: expected a floating-point array, got {got}.")
+    if np.ndim(x) != rank:
+        raise TypeError(f"{where}: expected {rank} axes, got shape {x.shape}.")
+    return jnp.asarray(x)

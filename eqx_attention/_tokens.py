@@ -1,0 +1,86 @@
+"""The tokens of one side of a call: their indices and positions."""
+
+from typing import NamedTuple
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from ._axes import axes, Block, blocks, ceil_div, cut
+
+
+class Tokens(eqx.Module):
+    """One side's tokens, in canonical form.
+
+    An index is a token's place in the global array, a position is an integer of its own:
+    by default, the index plus `shift`.
+    """
+
+    position: Int[Array, "batch 1 query key"] | None
+    length: int = eqx.field(static=True)
+    shift: int = eqx.field(static=True)
+
+
+class Tile(NamedTuple):
+    """What a mask or a score may know of a tile, but for its own leaves.
+
+    Each array broadcasts against `(head, query, key)`.
+    """
+
+    q_index: Int[Array, "1 query 1"]
+    kv_index: Int[Array, "1 1 key"]
+    q_position: Int[Array, "1 query 1"]
+    kv_position: Int[Array, "1 1 key"]
+    head: Int[Array, "head 1 1"]
+
+
+class Bounds(NamedTuple):
+    """The least and the greatest that tiles hold, for all tiles at once."""
+
+    lower: Tile
+    upper: Tile
+
+
+def tile(q: Tokens, kv: Tokens, block: Block) -> Tile:
+    """One tile's tokens; each array has a batch axis in front."""
+    q_index = block.starts[2] + jnp.arange(block.sizes[2], dtype=jnp.int32)
+    kv_index = block.starts[3] + jnp.arange(block.sizes[3], dtype=jnp.int32)
+    head = block.starts[1] + jnp.arange(block.sizes[1], dtype=jnp.int32)
+    q_index = q_index[None, None, :, None]
+    kv_index = kv_index[None, None, None, :]
+    return Tile(
+        q_index,
+        kv_index,
+        q_index + q.shift if q.position is None else cut(q.position, block),
+        kv_index + kv.shift if kv.position is None else cut(kv.position, block),
+        head[None, :, None, None],
+    )
+
+
+def bounds(q: Tokens, kv: Tokens, block_q: int, block_k: int) -> Bounds:
+    """The ranges of all tiles of a call; each array has a batch axis in front."""
+    q_low, q_high, q_pos = _ranges(q, 2, block_q)
+    kv_low, kv_high, kv_pos = _ranges(kv, 3, block_k)
+    head = jnp.zeros((1, 1, 1, 1), jnp.int32)
+    return Bounds(
+        Tile(q_low, kv_low, q_pos[0], kv_pos[0], head),
+        Tile(q_high, kv_high, q_pos[1], kv_pos[1], head),
+    )
+
+
+def starts(length: int, size: int) -> Int[Array, " blocks"]:
+    """Where each block starts; the last one ends where the axis ends."""
+    first = jnp.arange(ceil_div(length, size), dtype=jnp.int32) * size
+    return jnp.minimum(first, length - size)
+
+
+def _ranges(tokens: Tokens, axis: int, size: int):
+    shape = [1, 1, 1, 1]
+    shape[axis] = -1
+    low = starts(tokens.length, size).reshape(shape)
+    high = low + (size - 1)
+    if tokens.position is None:
+        return low, high, (low + tokens.shift, high + tokens.shift)
+    low_pos = blocks(tokens.position, axis, size, jnp.min)
+    high_pos = blocks(tokens.position, axis, size, jnp.max)
+    return low, high, (low_pos, high_pos)

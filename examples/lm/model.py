@@ -1,0 +1,116 @@
+"""A decoder-only transformer over bytes, of eqx_attention's parts."""
+
+import equinox as eqx
+import eqx_attention as eqa
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from .config import RunConfig
+
+
+VOCABULARY = 256
+
+Caches = tuple[eqa.AbstractCache, ...]
+
+
+class Block(eqx.Module):
+    """Attention between tokens, then a network on each token, each added to its input."""
+
+    attention_norm: eqx.nn.RMSNorm
+    attention: eqa.MultiheadAttention
+    feed_forward_norm: eqx.nn.RMSNorm
+    feed_forward: eqa.FeedForward
+
+    def __init__(self, config: RunConfig, *, key: PRNGKeyArray):
+        attention_key, feed_forward_key = jr.split(key)
+        self.attention_norm = eqx.nn.RMSNorm(config.width, use_bias=False)
+        self.attention = eqa.MultiheadAttention(
+            num_heads=config.heads,
+            query_size=config.width,
+            num_kv_heads=config.kv_heads,
+            rotary=eqa.RotaryEmbedding(config.head_dim),
+            qk_norm="rms",
+            attention=config.attention,
+            key=attention_key,
+        )
+        self.feed_forward_norm = eqx.nn.RMSNorm(config.width, use_bias=False)
+        self.feed_forward = eqa.FeedForward(
+            config.width,
+            3 * config.width,
+            activation="swiglu",
+            block_size=config.ff_block,
+            key=feed_forward_key,
+        )
+
+    def __call__(
+        self, x: Float[Array, "seq width"], cache: eqa.AbstractCache | None
+    ) -> tuple[Float[Array, "seq width"], eqa.AbstractCache | None]:
+        h = jax.vmap(self.attention_norm)(x)
+        if cache is None:
+            h = self.attention(h, h, h)
+        else:
+            h, cache = self.attention(h, h, h, cache=cache)
+        x = x + h
+        h = jax.vmap(self.feed_forward_norm)(x)
+        return x + self.feed_forward(h), cache
+
+
+class LanguageModel(eqx.Module):
+    """Logits of the next byte, at every byte."""
+
+    embedding: Float[Array, "vocabulary width"]
+    blocks: tuple[Block, ...]
+    norm: eqx.nn.RMSNorm
+
+    def __init__(self, config: RunConfig, *, key: PRNGKeyArray):
+        embedding_key, *block_keys = jr.split(key, 1 + config.depth)
+        shape = (VOCABULARY, config.width)
+        self.embedding = 0.02 * jr.normal(embedding_key, shape)
+        self.blocks = tuple(Block(config, key=key) for key in block_keys)
+        self.norm = eqx.nn.RMSNorm(config.width, use_bias=False)
+
+    def __call__(
+        self, tokens: Int[Array, " seq"], caches: Caches | None = None
+    ) -> tuple[Float[Array, "seq vocabulary"], Caches | None]:
+        """**Arguments:**
+
+        - `tokens`: Bytes, as integers. Use `jax.vmap` for batches.
+        - `caches`: One a block, if there are tokens before these.
+
+        **Returns:** the logits, and the new caches.
+        """
+        # One matrix reads bytes and writes them. Its entries are of a size that suits the
+        # logits; what goes into the first block is of size 1.
+        x = self.embedding[tokens] / 0.02
+        new = []
+        for block, cache in zip(self.blocks, caches or (None,) * len(self.blocks)):
+            x, cache = block(x, cache)
+            new.append(cache)
+        logits = jax.vmap(self.norm)(x) @ self.embedding.T
+        return logits, None if caches is None else tuple(new)
+
+    def init_caches(self, capacity: int) -> Caches:
+        """Empty caches for sequences of up to `capacity` tokens."""
+        return tuple(
+            eqa.StaticCache.init(
+                capacity, block.attention.num_kv_heads, block.attention.qk_size
+            )
+            for block in self.blocks
+        )
+
+
+def num_parameters(model: LanguageModel) -> int:
+    arrays = jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array))
+    return sum(array.size for array in arrays)
+
+
+def losses(
+    model: LanguageModel, tokens: Int[Array, "batch seq+1"]
+) -> Float[Array, "batch seq"]:
+    """Negative log-likelihood of each byte after the first, in nats."""
+    logits, _ = jax.vmap(model)(tokens[:, :-1])
+    log_probabilities = jax.nn.log_softmax(logits)
+    targets = tokens[:, 1:, None]
+    return -jnp.take_along_axis(log_probabilities, targets, axis=-1)[..., 0]

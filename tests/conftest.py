@@ -1,0 +1,93 @@
+"""What every test runs under: eight CPU devices, and strict promotion."""
+
+import gc
+import os
+import pathlib
+
+
+# Before jax is imported, which is when it reads them.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+).strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_enable_compilation_cache", False)
+
+# No deadlines: the first example of a test compiles, the others do not.
+# Not random, so that a failure in CI is one that can be had again.
+hypothesis.settings.register_profile(
+    "default",
+    database=None,
+    deadline=None,
+    derandomize=True,
+    max_examples=25,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.register_profile(
+    "quick", hypothesis.settings.get_profile("default"), max_examples=5
+)
+hypothesis.settings.register_profile(
+    "thorough",
+    hypothesis.settings.get_profile("default"),
+    derandomize=False,
+    max_examples=500,
+    print_blob=True,
+)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--quick",
+        action="store_true",
+        help="leave out the tests marked slow, and fewer examples of each property",
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("--hypothesis-profile") is None:
+        hypothesis.settings.load_profile(
+            "quick" if config.getoption("--quick") else "default"
+        )
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--quick"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
+
+def _num_memory_maps() -> int:
+    maps = pathlib.Path("/proc/self/maps")
+    return len(maps.read_bytes().splitlines()) if maps.exists() else 0
+
+
+@pytest.fixture(autouse=True)
+def forget_compiled_programs():
+    """Each compiled program holds several memory maps, of which Linux gives a process
+    65,530: a long run of small compilations dies in LLVM with "Unable to allocate section
+    memory" unless some are dropped."""
+    yield
+    if _num_memory_maps() > 30_000:
+        jax.clear_caches()
+        gc.collect()
+
+
+@pytest.fixture
+def x64():
+    """The test runs in double precision."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def key():
+    return jax.random.key(0)
