@@ -3,7 +3,6 @@
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 from beartype import beartype as typechecker
@@ -29,7 +28,7 @@ from ._options import (
 )
 from ._request import Call, check_supported, request_of, with_sinks
 from ._score import AbstractScore
-from ._static import Static, unwrap
+from ._static import pdoc, Static, unwrap
 
 
 _Query = Float[Array, "*batch q_len q_heads head_dim"]
@@ -191,6 +190,8 @@ class Attention(eqx.Module):
     dtype: Any = eqx.field(static=True)
     sharding: Any = eqx.field(static=True)
 
+    __pdoc__ = pdoc
+
     @jaxtyped(typechecker=typechecker)
     def __init__(
         self,
@@ -257,9 +258,8 @@ class Attention(eqx.Module):
         return_lse: bool = False,
     ) -> _Out | tuple[_Out, _Lse]:
         """As [`eqx_attention.attend`][]. `inference=None` defers to the field."""
-        call = self._call(
-            query, key_, value, mask, score, sinks, key, inference, q_positions, kv_positions
-        )
+        positions = (q_positions, kv_positions)
+        call = self._call(query, key_, value, mask, score, sinks, key, inference, positions)
         out, lse = _run(self.mechanism, call)
         return (out, lse) if return_lse else out
 
@@ -280,9 +280,8 @@ class Attention(eqx.Module):
     ) -> str:
         """Says how a call would be computed, without computing it: the mechanism chosen and
         why, and for each other mechanism whether it could, or why not."""
-        call = self._call(
-            query, key_, value, mask, score, sinks, key, inference, q_positions, kv_positions
-        )
+        positions = (q_positions, kv_positions)
+        call = self._call(query, key_, value, mask, score, sinks, key, inference, positions)
         request = eqx.filter_eval_shape(request_of, call)
         lines = [self.mechanism.explain(request)]
         for reason in self.mechanism.unsupported(request):
@@ -294,7 +293,7 @@ class Attention(eqx.Module):
         return "\n".join(lines)
 
     def _call(
-        self, query, key_, value, mask, score, sinks, key, inference, q_positions, kv_positions
+        self, query, key_, value, mask, score, sinks, key, inference, positions
     ) -> Call:
         return _call(
             query,
@@ -307,8 +306,8 @@ class Attention(eqx.Module):
             dropout=self.dropout,
             key=key,
             inference=self.inference if inference is None else inference,
-            q_positions=q_positions,
-            kv_positions=kv_positions,
+            q_positions=positions[0],
+            kv_positions=positions[1],
             precision=self.precision,
             dtype=self.dtype,
         )
@@ -337,7 +336,8 @@ def _call(
     dropped = dropout > 0 and not inference
     if dropped and key is None:
         raise ValueError(
-            f"key: expected a PRNG key, as dropout={dropout} and inference is False; got None."
+            f"key: expected a PRNG key, as dropout={dropout} and inference is False; got "
+            "None."
         )
     return Call(
         query,

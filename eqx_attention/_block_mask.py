@@ -60,7 +60,7 @@ def block_mask(
         start = jnp.minimum(n * block_q, q_len - block_q)
         block = Block((0, 0, start, 0), (prod(sizes.batch), sizes.head, block_q, kv_len))
         seen = bound.visible(block)
-        fresh = (start + jnp.arange(block_q) >= n * block_q)[:, None]
+        fresh = (start + jnp.arange(block_q) >= n * block_q)[None, None, :, None]
         some = jnp.any(seen & fresh, axis=2)
         every = jnp.all(seen | ~fresh, axis=2)
         some = jnp.pad(some, pad).reshape(*some.shape[:2], -1, block_k)

@@ -17,7 +17,7 @@ from ._options import (
     check_unsharded,
 )
 from ._score import AbstractScore
-from ._static import Static, unwrap
+from ._static import pdoc, Static, unwrap
 
 
 class AttentionConfig(eqx.Module):
@@ -86,17 +86,9 @@ class AttentionConfig(eqx.Module):
     def from_json(text: str) -> "AttentionConfig":
         """Reads what `to_json` wrote.
 
-        **Raises:** `ValueError` if it is not JSON, was written by a newer version, or has an
-            unknown, missing or wrong field, naming it.
+        **Raises:** `ValueError` if it is not JSON, was written by a newer version, or has
+            an unknown, missing or wrong field, naming it.
         """
         return config_from_json(text)
 
-    def __repr__(self) -> str:
-        plain = AttentionConfig()
-        names = ["mechanism", "mask", "score", "scale", "dropout", "precision", "dtype"]
-        given = [
-            f"{name}={getattr(self, name)!r}"
-            for name in names
-            if not eqx.tree_equal(getattr(self, name), getattr(plain, name))
-        ]
-        return f"AttentionConfig({', '.join(given)})"
+    __pdoc__ = pdoc

@@ -149,12 +149,14 @@ def describe(value: Any, parts: Parts | None = None, path: str = "") -> Any:
 
 def _dtype_kind(value: Any) -> str | None:
     """A dtype is given as itself, as JAX's scalar type or as NumPy's."""
-    if isinstance(value, type(jnp.int8)) and np.dtype(value).name in dtypes():
-        return "jax.numpy"
-    if isinstance(value, np.dtype) and value.name in dtypes():
+    scalar_type = isinstance(value, type) and issubclass(value, np.generic)
+    if not scalar_type and not isinstance(value, np.dtype | type(jnp.int8)):
+        return None
+    if dtypes().get(np.dtype(value).name) != np.dtype(value):
+        return None  # of a foreign byte order, for example
+    if isinstance(value, np.dtype):
         return "dtype"
-    numpy = isinstance(value, type) and issubclass(value, np.generic)
-    return "numpy" if numpy and np.dtype(value).name in dtypes() else None
+    return "numpy" if scalar_type else "jax.numpy"
 
 
 def _describe_fields(module: Any, parts: Parts | None, path: str) -> dict[str, Any]:
@@ -164,7 +166,7 @@ def _describe_fields(module: Any, parts: Parts | None, path: str) -> dict[str, A
         if type(value) is Static and type(value.value) in wrapped:
             value = value.value
         elif type(value) in wrapped:
-            _fail(where, f"expected an array, or {value} as static metadata.")
+            _fail(where, f"expected an array or a static number, got {value!r}.")
         out[json_name] = describe(value, parts, where)
     return out
 

@@ -22,7 +22,8 @@ def check_function(
     """
     if not callable(fn):
         raise TypeError(f"{where}(fn): expected a function, got {type(fn).__name__}.")
-    if isinstance(fn, ft.partial) and any(map(is_array, jax.tree.leaves((fn.args, fn.keywords)))):
+    bound = (fn.args, fn.keywords) if isinstance(fn, ft.partial) else ()
+    if any(map(is_array, jax.tree.leaves(bound))):
         _raise_captured(where)
     jaxpr, out = jax.make_jaxpr(fn, return_shape=True)(*arguments)
     literals = [v.val for eqn in jaxpr.jaxpr.eqns for v in eqn.invars if hasattr(v, "val")]
@@ -31,7 +32,9 @@ def check_function(
     shape = getattr(out, "shape", None)
     if shape is None or not jnp.issubdtype(out.dtype, dtype):
         got = getattr(out, "dtype", type(out).__name__)
-        raise TypeError(f"{where}(fn): expected to get a {dtype.__name__} array, got {got}.")
+        raise TypeError(
+            f"{where}(fn): expected to get a {dtype.__name__} array, got {got}."
+        )
     try:
         fits = np.broadcast_shapes(shape, (2, 3, 5)) == (2, 3, 5)
     except ValueError:
@@ -83,7 +86,3 @@ def features(where: str, tree: PyTree) -> PyTree:
 def own_params(params: PyTree) -> PyTree:
     """Parameters as they were given: without the axes (head, query, key)."""
     return jax.tree.map(lambda x: x.reshape(x.shape[3:]) if is_array(x) else x, params)
-
-
-def name(fn: Callable) -> str:
-    return getattr(fn, "__qualname__", None) or repr(fn)

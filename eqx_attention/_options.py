@@ -123,8 +123,8 @@ def check_unsharded(sharding: Any, mesh: Any = None) -> None:
         if given is not None:
             mechanisms = ", ".join(map(repr, MECHANISMS))
             raise UnsupportedError(
-                f"{name}={given!r}: this version has no mechanism that computes over a mesh "
-                f"of devices; {mechanisms} compute on one device (or under your own "
+                f"{name}={given!r}: no mechanism of this version computes over a mesh of "
+                f"devices; {mechanisms} compute on one device (or under your own "
                 f"`jax.shard_map`). Leave `{name}` at None."
             )
 

@@ -123,4 +123,3 @@ def with_sinks(
         return out, lse
     sinks = jnp.broadcast_to(sinks.astype(lse.dtype), lse.shape)
     return merge([(out, lse), (jnp.zeros_like(out), sinks)])
-

@@ -1,11 +1,13 @@
 """Numbers are static, arrays are leaves."""
 
+import dataclasses
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import wadler_lindig as wl
 
 
 class Static(eqx.Module):
@@ -13,8 +15,27 @@ class Static(eqx.Module):
 
     value: Any = eqx.field(static=True)
 
-    def __repr__(self) -> str:
-        return repr(self.value)
+    def __pdoc__(self, **kwargs) -> wl.AbstractDoc:
+        return wl.pdoc(self.value, **kwargs)
+
+
+def pdoc(module: eqx.Module, **kwargs) -> wl.AbstractDoc:
+    """How a module prints: by the public names of its fields, those of no content omitted.
+
+    It is the `__pdoc__` of a class, so that it also holds inside of other modules.
+    """
+    fields = dataclasses.fields(module)  # pyright: ignore[reportArgumentType]
+    pairs = [(f.name.removeprefix("_"), getattr(module, f.name)) for f in fields]
+    pairs = [
+        (name, x) for name, x in pairs if not (x is None or isinstance(x, tuple) and not x)
+    ]
+    return wl.bracketed(
+        begin=wl.TextDoc(f"{type(module).__name__}("),
+        docs=wl.named_objs(pairs, **kwargs),
+        sep=wl.comma,
+        end=wl.TextDoc(")"),
+        indent=kwargs.get("indent", 2),
+    )
 
 
 def static_or_leaf(x: Any) -> Any:

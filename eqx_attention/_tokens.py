@@ -6,7 +6,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from ._axes import axes, Block, blocks, ceil_div, cut
+from ._axes import Block, blocks, ceil_div, cut
 
 
 class Tokens(eqx.Module):

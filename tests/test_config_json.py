@@ -281,7 +281,17 @@ def test_plain_values(value):
 
 @pytest.mark.parametrize(
     "value",
-    [object(), 1j, b"bytes", {1, 2}, range(3), int, Ellipsis, np.dtype("U3"), json],
+    [
+        object(),
+        1j,
+        b"bytes",
+        {1, 2},
+        range(3),
+        int,
+        Ellipsis,
+        np.dtype("U3"),
+        np.dtype(">i4"),
+    ],
 )
 def test_unknown_values(value):
     with pytest.raises(eqa.SerialisationError, match=r"\[1\]\.*"):

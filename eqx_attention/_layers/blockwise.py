@@ -73,13 +73,13 @@ def blockwise(
     **Arguments:**
 
     - `module`: A callable that acts on one token, as all of `equinox.nn` does: it maps
-        `x[i]` to an array, or to a pytree of arrays. An [`equinox.Module`][] or any
+        `x[i]` to an array, or to a pytree of arrays. An `equinox.Module` or any
         other pytree of parameters is best; a function may close over its parameters.
     - `x`: The tokens, of shape `(seq, *token)`, with any length of sequence; it need
         not be a multiple of `block_size`, and is not padded.
     - `block_size`: How many tokens are computed at a time.
     - `policy`: What a block may keep for its backward pass, as the `policy` of
-        [`jax.checkpoint`][]. Defaults to nothing.
+        `jax.checkpoint`. Defaults to nothing.
     - `key`: A `jax.random.key`. Token `i` is given `jax.random.fold_in(key, i)` as
         `module(x[i], key=...)`, so that dropout does not depend on `block_size`.
         Defaults to calling `module(x[i])`. (Keyword only argument.)

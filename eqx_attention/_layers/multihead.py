@@ -23,7 +23,7 @@ class MultiheadAttention(eqx.Module):
     $$\text{MultiheadAttention}(Q, K, V)
       = \sum_i \text{Attention}\left(QW^Q_i, KW^K_i, VW^V_i\right)W^O_i$$
 
-    It takes the place of [`equinox.nn.MultiheadAttention`][]: the arguments, the
+    It takes the place of `equinox.nn.MultiheadAttention`: the arguments, the
     parameters (for the same `key`, and in the same order, so that a file of the one
     loads into the other) and the numbers are the same, but for the bits of dropout and
     for queries that see no key, which here give 0 and not the mean of the values.
@@ -143,7 +143,7 @@ class MultiheadAttention(eqx.Module):
         - `use_output_bias`: Whether to use a bias in the output projection.
         - `dropout_p`: Dropout probability on attention weights.
         - `inference`: Whether to leave dropout out. May be toggled with
-            [`equinox.nn.inference_mode`][], or overridden in a call.
+            `equinox.nn.inference_mode`, or overridden in a call.
         - `dtype`: The dtype of all parameters. Defaults to float32, or to float64 if
             JAX is in 64-bit mode.
         - `num_kv_heads`: Number of key and value heads, which must divide `num_heads`;
@@ -330,7 +330,7 @@ class MultiheadAttention(eqx.Module):
         - `key`: A `jax.random.key` for dropout. Unused if there is no dropout. (Keyword
             only argument.)
         - `inference`: Whether to leave dropout out. Defaults to what the layer was made
-            with, or set to by [`equinox.nn.inference_mode`][]. (Keyword only argument.)
+            with, or set to by `equinox.nn.inference_mode`. (Keyword only argument.)
         - `deterministic`: (Deprecated in favour of `inference`.)
         - `process_heads`: A function that takes the query, key and value heads, of shape
             `(seq, heads, channels)`, and returns new ones of the same shapes. It comes
@@ -430,7 +430,7 @@ class MultiheadAttention(eqx.Module):
             q_positions=q_positions,
             kv_positions=kv_positions,
         )
-        out = jax.vmap(self.output_proj)(out.reshape(q_seq, -1))
+        out = jax.vmap(self.output_proj)(out.reshape(q_seq, self.num_heads * self.vo_size))
         return out if cache is None else (out, cache)
 
     def _mask(self, mask: Any, valid: AbstractMask | None, q_seq: int) -> AbstractMask:
@@ -468,7 +468,8 @@ def _config(
 
 
 def _heads(proj: eqx.nn.Linear, x: Array, num_heads: int) -> Array:
-    return jax.vmap(proj)(x).reshape(x.shape[0], num_heads, -1)
+    out = jax.vmap(proj)(x)
+    return out.reshape(out.shape[0], num_heads, out.shape[1] // num_heads)
 
 
 def _rms_norm(size: int, dtype: Any) -> eqx.nn.RMSNorm:
@@ -476,7 +477,7 @@ def _rms_norm(size: int, dtype: Any) -> eqx.nn.RMSNorm:
 
 
 def _l2_norm(x: Array) -> Array:
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    dtype = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
     y = x.astype(dtype)
     square = jnp.sum(y * y, axis=-1, keepdims=True)
     # The constant is for heads of zeros: its square root is nothing beside a length.

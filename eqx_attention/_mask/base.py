@@ -1,9 +1,10 @@
 import functools as ft
 from abc import abstractmethod
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
+import wadler_lindig as wl
 from jaxtyping import Array, Bool
 
 from .._tokens import Bounds, Tile
@@ -51,7 +52,7 @@ class AbstractMask(eqx.Module):
         """
 
     @abstractmethod
-    def summary(self, upper: Self, bounds: Bounds) -> Summary:
+    def summary(self, upper: Any, bounds: Bounds) -> Summary:
         """Evaluates the mask on the ranges of all tiles at once.
 
         **Arguments:**
@@ -81,7 +82,7 @@ class Full(AbstractMask):
     def visible(self, tile: Tile) -> Bool[Array, "#head #query #key"]:
         return jnp.ones((1, 1, 1), bool)
 
-    def summary(self, upper: Self, bounds: Bounds) -> Summary:
+    def summary(self, upper: Any, bounds: Bounds) -> Summary:
         yes = jnp.ones((1, 1, 1), bool)
         return Summary(yes, yes)
 
@@ -94,10 +95,13 @@ class And(AbstractMask):
     def __check_init__(self):
         _check_masks(self)
 
+    def __pdoc__(self, **kwargs) -> wl.AbstractDoc:
+        return _joined("& ", self.masks, **kwargs)
+
     def visible(self, tile: Tile) -> Bool[Array, "#head #query #key"]:
         return ft.reduce(jnp.logical_and, [m.visible(tile) for m in self.masks])
 
-    def summary(self, upper: Self, bounds: Bounds) -> Summary:
+    def summary(self, upper: Any, bounds: Bounds) -> Summary:
         pairs = zip(self.masks, upper.masks, strict=True)
         parts = [m.summary(u, bounds) for m, u in pairs]
         some = ft.reduce(jnp.logical_and, [s.some for s in parts])
@@ -112,10 +116,13 @@ class Or(AbstractMask):
     def __check_init__(self):
         _check_masks(self)
 
+    def __pdoc__(self, **kwargs) -> wl.AbstractDoc:
+        return _joined("| ", self.masks, **kwargs)
+
     def visible(self, tile: Tile) -> Bool[Array, "#head #query #key"]:
         return ft.reduce(jnp.logical_or, [m.visible(tile) for m in self.masks])
 
-    def summary(self, upper: Self, bounds: Bounds) -> Summary:
+    def summary(self, upper: Any, bounds: Bounds) -> Summary:
         pairs = zip(self.masks, upper.masks, strict=True)
         parts = [m.summary(u, bounds) for m, u in pairs]
         some = ft.reduce(jnp.logical_or, [s.some for s in parts])
@@ -127,12 +134,22 @@ class Not(AbstractMask):
 
     mask: AbstractMask
 
+    def __pdoc__(self, **kwargs) -> wl.AbstractDoc:
+        return wl.TextDoc("~") + wl.pdoc(self.mask, **kwargs)
+
     def visible(self, tile: Tile) -> Bool[Array, "#head #query #key"]:
         return ~self.mask.visible(tile)
 
-    def summary(self, upper: Self, bounds: Bounds) -> Summary:
+    def summary(self, upper: Any, bounds: Bounds) -> Summary:
         some, every = self.mask.summary(upper.mask, bounds)
         return Summary(~every, ~some)
+
+
+def _joined(operator: str, masks: tuple[AbstractMask, ...], **kwargs) -> wl.AbstractDoc:
+    """`(mask1 & mask2)`, broken before an operator where it is too long for a line."""
+    docs = [wl.pdoc(mask, **kwargs) for mask in masks]
+    inner = wl.join(wl.BreakDoc(" ") + wl.TextDoc(operator), docs)
+    return (wl.TextDoc("(") + inner + wl.TextDoc(")")).group()
 
 
 def _flatten(cls: type, mask: AbstractMask) -> tuple[AbstractMask, ...]:

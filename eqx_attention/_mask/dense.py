@@ -1,6 +1,6 @@
 """Masks that are written out, pair by pair or tile by tile."""
 
-from typing import Self
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ class Dense(AbstractMask):
 
     array: Bool[Array, "*batch heads q_len kv_len"] = axes("batch #head #query #key")
 
-    def __init__(self, array: Bool[Array, "*#batch #q_heads #q_len #kv_len"]):
+    def __init__(self, array: Bool[Array, "..."]):
         """**Arguments:**
 
         - `array`: which pairs are visible. It broadcasts against
@@ -39,7 +39,7 @@ class Dense(AbstractMask):
     def visible(self, tile: Tile) -> Bool[Array, "#head #query #key"]:
         return self.array
 
-    def summary(self, upper: Self, bounds: Bounds) -> Summary:
+    def summary(self, upper: Any, bounds: Bounds) -> Summary:
         return Summary(upper.array, self.array)
 
 
@@ -68,7 +68,7 @@ class BlockMask(AbstractMask):
         position = {"q_position": self.q_position, "kv_position": self.kv_position}
         return self.mask.visible(tile._replace(**position))
 
-    def summary(self, upper: Self, bounds: Bounds) -> Summary:
+    def summary(self, upper: Any, bounds: Bounds) -> Summary:
         low, high = bounds
         rows = (low.q_index // self.block_q, high.q_index // self.block_q + 1)
         cols = (low.kv_index // self.block_k, high.kv_index // self.block_k + 1)

@@ -1,12 +1,12 @@
 """Masks that go by the positions of tokens."""
 
-from typing import Self
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from .._axes import axes
-from .._static import is_number, Static, static_or_leaf, unwrap
+from .._static import is_number, pdoc, Static, static_or_leaf, unwrap
 from .._tokens import Bounds, Tile
 from .base import AbstractMask, Or, Summary
 
@@ -34,7 +34,10 @@ def _integer(where: str, x, least: int | None = None, optional: bool = False):
 
 
 class Causal(AbstractMask):
-    r"""A query sees the keys at its own position and before it: $j \le i + \text{offset}$."""
+    r"""A query sees the keys at its own position and before it.
+
+    That is, $j \le i + \text{offset}$.
+    """
 
     _offset: _Number = axes("batch")
 
@@ -47,17 +50,19 @@ class Causal(AbstractMask):
         """
         self._offset = _integer("Causal(offset)", offset)
 
+    def __check_init__(self):
+        _integer("Causal(offset)", self._offset)
+
     @property
     def offset(self) -> int | Int[Array, "..."]:
         return unwrap(self._offset)
 
-    def __repr__(self) -> str:
-        return f"Causal(offset={self._offset!r})"
+    __pdoc__ = pdoc
 
     def visible(self, tile: Tile) -> Bool[Array, "#head #query #key"]:
         return tile.kv_position <= tile.q_position + self.offset
 
-    def summary(self, upper: Self, bounds: Bounds) -> Summary:
+    def summary(self, upper: Any, bounds: Bounds) -> Summary:
         low, high = bounds
         return Summary(
             low.kv_position <= high.q_position + upper.offset,
@@ -118,8 +123,7 @@ class SlidingWindow(AbstractMask):
     def right(self) -> int | None | Int[Array, "..."]:
         return unwrap(self._right)
 
-    def __repr__(self) -> str:
-        return f"SlidingWindow(left={self._left!r}, right={self._right!r})"
+    __pdoc__ = pdoc
 
     def visible(self, tile: Tile) -> Bool[Array, "#head #query #key"]:
         distance = tile.kv_position - tile.q_position
@@ -128,7 +132,7 @@ class SlidingWindow(AbstractMask):
         right = yes if self.right is None else distance <= self.right
         return left & right
 
-    def summary(self, upper: Self, bounds: Bounds) -> Summary:
+    def summary(self, upper: Any, bounds: Bounds) -> Summary:
         least = bounds.lower.kv_position - bounds.upper.q_position
         most = bounds.upper.kv_position - bounds.lower.q_position
         some, every = jnp.ones((2, 1, 1, 1), bool)
@@ -161,13 +165,12 @@ class Prefix(AbstractMask):
     def length(self) -> int | Int[Array, "..."]:
         return unwrap(self._length)
 
-    def __repr__(self) -> str:
-        return f"Prefix(length={self._length!r})"
+    __pdoc__ = pdoc
 
     def visible(self, tile: Tile) -> Bool[Array, "#head #query #key"]:
         return tile.kv_position < self.length
 
-    def summary(self, upper: Self, bounds: Bounds) -> Summary:
+    def summary(self, upper: Any, bounds: Bounds) -> Summary:
         return Summary(
             bounds.lower.kv_position < upper.length,
             bounds.upper.kv_position < self.length,
@@ -201,7 +204,10 @@ def PrefixLM(length: int | Int[Array, "*batch"]) -> Or:
 
 
 class Chunked(AbstractMask):
-    r"""A query sees its own chunk of positions: $\lfloor j / s \rfloor = \lfloor i / s \rfloor$."""
+    r"""A query sees its own chunk of positions.
+
+    That is, $\lfloor j / \text{size} \rfloor = \lfloor i / \text{size} \rfloor$.
+    """
 
     _size: _Number = axes("batch")
 
@@ -222,13 +228,12 @@ class Chunked(AbstractMask):
     def size(self) -> int | Int[Array, "..."]:
         return unwrap(self._size)
 
-    def __repr__(self) -> str:
-        return f"Chunked(size={self._size!r})"
+    __pdoc__ = pdoc
 
     def visible(self, tile: Tile) -> Bool[Array, "#head #query #key"]:
         return tile.q_position // self.size == tile.kv_position // self.size
 
-    def summary(self, upper: Self, bounds: Bounds) -> Summary:
+    def summary(self, upper: Any, bounds: Bounds) -> Summary:
         # `size` belongs to no token, so `self` and `upper` hold the same.
         q_low, q_high = (b.q_position // self.size for b in bounds)
         kv_low, kv_high = (b.kv_position // self.size for b in bounds)

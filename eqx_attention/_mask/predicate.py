@@ -1,12 +1,13 @@
 from collections.abc import Callable
-from typing import Self
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree
 
 from .._axes import axes
-from .._function import check_function, example_arguments, features, name, own_params
+from .._function import check_function, example_arguments, features, own_params
+from .._static import pdoc
 from .._tokens import Bounds, Tile
 from .base import AbstractMask, Summary
 
@@ -77,8 +78,7 @@ class Predicate(AbstractMask):
                 f"Predicate(summary): expected a function, got {type(summary).__name__}."
             )
 
-    def __repr__(self) -> str:
-        return f"Predicate({name(self.fn)})"
+    __pdoc__ = pdoc
 
     def visible(self, tile: Tile) -> Bool[Array, "#head #query #key"]:
         visible = self.fn(
@@ -91,7 +91,7 @@ class Predicate(AbstractMask):
         )
         return jnp.broadcast_to(visible, jnp.broadcast_shapes(visible.shape, (1, 1, 1)))
 
-    def summary(self, upper: Self, bounds: Bounds) -> Summary:
+    def summary(self, upper: Any, bounds: Bounds) -> Summary:
         if self.fn_summary is None:
             yes = jnp.ones((1, 1, 1), bool)
             return Summary(yes, ~yes)

@@ -1,7 +1,7 @@
 """Masks that go by what is known of each token, by its index."""
 
 from collections.abc import Sequence
-from typing import Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ def _tokens(where: str, x, least_rank: int, boolean: bool = False):
             f"{where}: expected an array of at least {least_rank} axis, got shape "
             f"{x.shape}."
         )
-    return x != 0 if boolean else x.astype(jnp.int32)
+    return x.astype(bool) if boolean else x.astype(jnp.int32)
 
 
 class Segments(AbstractMask):
@@ -97,7 +97,7 @@ class Segments(AbstractMask):
     def visible(self, tile: Tile) -> Bool[Array, "#head #query #key"]:
         return self.q_ids == self.kv_ids
 
-    def summary(self, upper: Self, bounds: Bounds) -> Summary:
+    def summary(self, upper: Any, bounds: Bounds) -> Summary:
         some = (self.q_ids <= upper.kv_ids) & (self.kv_ids <= upper.q_ids)
         every = (self.q_ids == upper.kv_ids) & (self.kv_ids == upper.q_ids)
         return Summary(some, every)
@@ -132,7 +132,7 @@ class Padding(AbstractMask):
             visible = visible & (tile.q_index < self.q_lengths)
         return visible
 
-    def summary(self, upper: Self, bounds: Bounds) -> Summary:
+    def summary(self, upper: Any, bounds: Bounds) -> Summary:
         low, high = bounds
         some = low.kv_index < upper.kv_lengths
         every = high.kv_index < self.kv_lengths
@@ -170,7 +170,7 @@ class Keys(AbstractMask):
     def visible(self, tile: Tile) -> Bool[Array, "#head #query #key"]:
         return self.kv_valid if self.q_valid is None else self.kv_valid & self.q_valid
 
-    def summary(self, upper: Self, bounds: Bounds) -> Summary:
+    def summary(self, upper: Any, bounds: Bounds) -> Summary:
         some, every = upper.kv_valid, self.kv_valid
         if self.q_valid is not None and upper.q_valid is not None:
             some, every = some & upper.q_valid, every & self.q_valid

@@ -122,13 +122,14 @@ class Blockwise(AbstractMechanism):
                     masked=masked,
                 )
                 out, top, total = state
-                logits = at.logits(queries_by_keys(request, q_tile, _take(k, tiles, b, h, 1, j)))
+                k_tile, v_tile = (_take(x, tiles, b, h, 1, j) for x in (k, v))
+                logits = at.logits(queries_by_keys(request, q_tile, k_tile))
                 new = jnp.maximum(top, logits.max(axis=-1))
                 finite = jnp.where(jnp.isneginf(new), 0, new)
                 weights = jnp.exp(logits - finite[..., None])
                 decay = jnp.exp(top - finite)
                 total = total * decay + weights.sum(axis=-1)
-                more = at.attended(at.drop(weights), _take(v, tiles, b, h, 1, j))
+                more = at.attended(at.drop(weights), v_tile)
                 return out * decay[..., None] + more, new, total
 
             shape = q_tile.shape[:3]
@@ -137,9 +138,7 @@ class Blockwise(AbstractMechanism):
                 jnp.full(shape, -jnp.inf, request.dtype),
                 jnp.zeros(shape, request.dtype),
             )
-            out, top, total = _loop(
-                tile, full, some, state, request, tiles, overlaps
-            )
+            out, top, total = _loop(tile, full, some, state, request, tiles, overlaps)
             lse = jnp.where(total == 0, -jnp.inf, top + jnp.log(total))
             out = out / jnp.where(total == 0, 1, total)[..., None]
             start = (b * tiles.sizes.batch, tiles.starts(0, i), _head(tiles, h), 0)
@@ -191,7 +190,12 @@ class Blockwise(AbstractMechanism):
                     add(old, block, new.astype(old.dtype))
                     for old, new in zip(dleaves, more[3], strict=True)
                 )
-                return add_at(dq, start, more[0]), dk_tile + more[1], dv_tile + more[2], dleaves
+                return (
+                    add_at(dq, start, more[0]),
+                    dk_tile + more[1],
+                    dv_tile + more[2],
+                    dleaves,
+                )
 
             zeros = (jnp.zeros(x.shape, request.dtype) for x in (k_tile, v_tile))
             state = (dq, *zeros, dleaves)

@@ -110,9 +110,7 @@ class Lists(NamedTuple):
     some: Int[Array, "#batch #head row"]
 
     def row(self, batch, head, row) -> tuple[Int[Array, " column"], Array, Array]:
-        at = tuple(
-            0 if size == 1 else n for n, size in zip((batch, head), self.full.shape)
-        )
+        at = tuple(0 if size == 1 else n for n, size in zip((batch, head), self.full.shape))
         return self.order[(*at, row)], self.full[(*at, row)], self.some[(*at, row)]
 
 

@@ -216,8 +216,7 @@ def _backward_batch(args, axes):
     leaf_axes = treedef.flatten_up_to(at.pairs)
     shared = [_unmapped_shape(leaves[n], leaf_axes[n])[0] == 1 for n in wrt]
     dleaves = tuple(
-        unfold(d).sum(1, keepdims=True) if s else unfold(d)
-        for d, s in zip(dleaves, shared)
+        unfold(d).sum(1, keepdims=True) if s else unfold(d) for d, s in zip(dleaves, shared)
     )
     out = (unfold(dq), unfold(dk), unfold(dv), dleaves)
     return out, jax.tree.map(lambda _: 0, out)

@@ -116,7 +116,8 @@ def transpose(
 
 
 def _split(x: Array, tiles: Grid, axis: int) -> Array:
-    """Blocks of queries (`axis` 0) or keys (1): (group, block, batch, head, token, channel)."""
+    """Blocks of queries (`axis` 0) or keys (1), a group being a block of heads of a block
+    of the batch: (group, block, batch, head, token, channel)."""
     counts, sizes = tiles.counts, tiles.sizes
     count, size = counts[2 + axis], sizes[2 + axis]
     if tiles.ragged(axis):

@@ -130,7 +130,8 @@ def weights_by_keys(request: Request, p: Array, k: Array) -> Array:
 
 
 def weights_by_queries(request: Request, p: Array, q: Array) -> Array:
-    """`pᵀ q`, summed over the query heads of a key head: (batch, key head, key, channel)."""
+    """`pᵀ q`, summed over the query heads of each key head: (batch, key head, key,
+    channel)."""
     heads = p.shape[1] // request.groups
     p, q = _grouped(p, heads), _grouped(q, heads)
     return _product(request, p, q, 2, 2, (*p.shape[:2], p.shape[3]))

@@ -12,7 +12,7 @@ class Bias(AbstractScore):
 
     array: Float[Array, "*batch heads q_len kv_len"] = axes("batch #head #query #key")
 
-    def __init__(self, array: Float[Array, "*#batch #q_heads #q_len #kv_len"]):
+    def __init__(self, array: Float[Array, "..."]):
         """**Arguments:**
 
         - `array`: what is added. It broadcasts against `(*batch, q_heads, q_len, kv_len)`,

@@ -8,14 +8,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from .._axes import axes
-from .._function import check_function, example_arguments, features, name, own_params
-from .._static import is_number, Static, static_or_leaf, unwrap
+from .._function import check_function, example_arguments, features, own_params
+from .._static import is_number, pdoc, Static, static_or_leaf, unwrap
 from .._tokens import Tile
 from .base import AbstractScore
 
 
 class SoftCap(AbstractScore):
-    r"""Keeps logits within $\pm\text{cap}$: $\text{cap} \cdot \tanh(\text{logit} / \text{cap})$.
+    r"""Keeps logits within $\pm\text{cap}$.
+
+    That is, $\text{cap} \cdot \tanh(\text{logit} / \text{cap})$.
 
     ??? cite
 
@@ -34,7 +36,7 @@ class SoftCap(AbstractScore):
 
     _cap: Static | Float[Array, ""] = axes("")
 
-    def __init__(self, cap: float | Float[Array, ""]):
+    def __init__(self, cap: float | int | Float[Array, ""]):
         """**Arguments:**
 
         - `cap`: the bound, more than 0. A Python number, which is static, or a
@@ -52,8 +54,7 @@ class SoftCap(AbstractScore):
     def cap(self) -> float | Float[Array, ""]:
         return unwrap(self._cap)
 
-    def __repr__(self) -> str:
-        return f"SoftCap(cap={self._cap!r})"
+    __pdoc__ = pdoc
 
     def __call__(
         self, logit: Float[Array, "head query key"], tile: Tile
@@ -118,8 +119,7 @@ class ScoreFn(AbstractScore):
         arguments = example_arguments(self.q_features, self.kv_features, params)
         check_function("ScoreFn", fn, (logit, *arguments), jnp.floating)
 
-    def __repr__(self) -> str:
-        return f"ScoreFn({name(self.fn)})"
+    __pdoc__ = pdoc
 
     def __call__(
         self, logit: Float[Array, "head query key"], tile: Tile

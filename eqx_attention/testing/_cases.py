@@ -3,11 +3,12 @@
 import dataclasses
 from typing import Any, NamedTuple
 
-import eqx_attention as eqa
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+
+import eqx_attention as eqa
 
 from ._catalogue import MASKS, SCORES, Shape, SHAPES
 from ._visible import visible_pairs

@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import eqx_attention as eqa
 import jax.numpy as jnp
 import numpy as np
+
+import eqx_attention as eqa
 
 
 class Shape(NamedTuple):

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import equinox as eqx
-import eqx_attention as eqa
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+import eqx_attention as eqa
 
 from ._cases import Case, cases as random_cases, Inputs, statistics_dtype
 from ._reference import dense_gradients, prepare, pull_back, reference_gradients

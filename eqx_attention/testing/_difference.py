@@ -2,9 +2,10 @@
 
 from typing import Any
 
-import eqx_attention as eqa
 import jax
 import jax.numpy as jnp
+
+import eqx_attention as eqa
 
 from ._check import as_function
 

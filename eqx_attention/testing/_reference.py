@@ -9,11 +9,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
-import eqx_attention as eqa
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
+
+import eqx_attention as eqa
 
 from ._visible import Pairs, pairs_of, visible_at
 

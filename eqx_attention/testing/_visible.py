@@ -2,11 +2,12 @@
 
 from typing import Any, NamedTuple
 
-import eqx_attention as eqa
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int
+
+import eqx_attention as eqa
 
 
 def positions(
