@@ -9,6 +9,7 @@ from beartype import beartype as typechecker
 from jaxtyping import Array, Bool, Float, Int, jaxtyped, PRNGKeyArray
 
 from ._config import AttentionConfig
+from ._dtype import accumulation_dtype
 from ._mask import AbstractMask, Full
 from ._mechanism import AbstractMechanism, attention, Vanilla
 from ._options import (
@@ -362,7 +363,7 @@ def _call(
 def _run(mechanism: AbstractMechanism, call: Call) -> tuple[Array, Array]:
     shape = (*call.query.shape[:-1], call.value.shape[-1])
     if 0 in (*call.query.shape[:-1], call.key_.shape[-3], call.value.shape[-1]):
-        dtype = jnp.promote_types(call.dtype or call.query.dtype, jnp.float32)
+        dtype = accumulation_dtype(call.dtype or call.query.dtype)
         out, lse = jnp.zeros(shape, dtype), jnp.full(shape[:-1], -jnp.inf, dtype)
     else:
         request = request_of(call)

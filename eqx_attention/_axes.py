@@ -212,7 +212,7 @@ def blocks(x: jax.Array, axis: int, size: int, reduce: Any) -> jax.Array:
     return jnp.concatenate(parts, axis=axis)
 
 
-def over_batch(fn: Any, tree: Any, *arrays: jax.Array) -> jax.Array:
+def over_batch(fn: Any, tree: Any, *arrays: jax.Array) -> Any:
     """`fn(tree, *arrays)` of canonical arrays, one batch element at a time.
 
     Inside `fn` the batch axis is gone. Arrays that do not depend on it are not repeated.

@@ -145,7 +145,7 @@ def _index(length: int) -> Int[Array, " length"]:
     return jnp.arange(length, dtype=jnp.int32)
 
 
-def _sums(x: Bool[Array, "*batch rows columns"]) -> Int[Array, "*batch rows+1 columns+1"]:
+def _sums(x: Bool[Array, "*batch rows columns"]) -> Int[Array, "*batch _ _"]:
     """How many entries are true before each, in both directions."""
     x = jnp.pad(x.astype(jnp.int32), [(0, 0)] * (x.ndim - 2) + [(1, 0), (1, 0)])
     return jnp.cumsum(jnp.cumsum(x, axis=-2), axis=-1)

@@ -22,7 +22,7 @@ class Dropout(eqx.Module):
     kv_words: UInt32[Array, "batch head 1 key"] = axes("batch head key")
     rate: float = eqx.field(static=True)
 
-    def keep(self) -> Bool[Array, "head query key"]:
+    def keep(self) -> Bool[Array, "batch head query key"]:
         """Which pairs of a tile are kept, each with probability `1 - rate`."""
         threshold = min(round(self.rate * 2**32), 2**32 - 1)
         return _mix(self.q_words ^ self.kv_words) >= jnp.uint32(threshold)

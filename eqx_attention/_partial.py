@@ -7,6 +7,8 @@ from beartype import beartype as typechecker
 from jax import lax
 from jaxtyping import Array, Float, jaxtyped
 
+from ._dtype import accumulation_dtype
+
 
 @jaxtyped(typechecker=typechecker)
 def merge(
@@ -51,11 +53,11 @@ def merge(
     """
     if not partials:
         raise ValueError("merge(partials): expected at least one partial, got none.")
-    dtype = jnp.promote_types(partials[0][1].dtype, jnp.float32)
+    dtype = accumulation_dtype(partials[0][1].dtype)
     lses = jnp.stack([lse.astype(dtype) for _, lse in partials])
     top = lax.stop_gradient(lses.max(axis=0))
     top = jnp.where(jnp.isneginf(top), 0, top)
-    weights = jnp.exp(lses - top)
+    weights = jnp.exp(lses - top[None])
     total = weights.sum(axis=0)
     empty = total == 0
     safe = jnp.where(empty, 1, total)

@@ -12,14 +12,17 @@ counts how often each byte followed the four bytes before it.
 import argparse
 import dataclasses
 import hashlib
+import math
 import pathlib
 import sys
 import time
+from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from lm import checkpoint, curve
-from lm.config import flag, RunConfig
+from lm.config import flag, parse_mask, RunConfig
 from lm.data import read_text, Split, split
 from lm.model import num_parameters
 from lm.ngram import WittenBell
@@ -51,7 +54,8 @@ def parser() -> argparse.ArgumentParser:
         type=pathlib.Path,
         default=pathlib.Path("runs/train_lm"),
         metavar="DIR",
-        help="where checkpoint, curve and sample go (default: %(default)s)",
+        help="where checkpoint, curve and sample go, in place of those of an earlier run "
+        "(default: %(default)s)",
     )
     files.add_argument(
         "--checkpoint-every",
@@ -98,7 +102,14 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--sample-seed must be in [0, 2**32); got {args.sample_seed}")
 
 
-def start(args: argparse.Namespace) -> tuple[RunConfig, Split, State]:
+class Run(NamedTuple):
+    config: RunConfig
+    header: dict[str, Any]  # of its checkpoints
+    text: Split
+    state: State
+
+
+def start(args: argparse.Namespace) -> Run:
     """A new run, or the one in `--out` from where it was.
 
     **Raises:** a `ValueError` or an `OSError` if that is not possible.
@@ -108,47 +119,43 @@ def start(args: argparse.Namespace) -> tuple[RunConfig, Split, State]:
         for field in dataclasses.fields(RunConfig)
         if hasattr(args, field.name)
     }
-    if not args.resume:
+    if args.resume:
+        saved = checkpoint.read(args.out / "checkpoint")
+        config = RunConfig(**saved.header["config"])
+        for name, value in given.items():
+            if value != getattr(config, name):
+                raise ValueError(
+                    f"{flag(name)} is {value}, but the run to resume has "
+                    f"{getattr(config, name)}; leave it out, or start a new run"
+                )
+    else:
+        saved = None
         config = RunConfig(**given)
-        text = read_text(config.text)
-        parts = split(text, config.seq)
-        args.out.mkdir(parents=True, exist_ok=True)
-        state = init_state(config)
-        save(args.out, config, text, state)
-        return config, parts, state
 
-    saved = checkpoint.read(args.out / "checkpoint")
-    config = RunConfig(**saved.header["config"])
-    for name, value in given.items():
-        if value != getattr(config, name):
-            raise ValueError(
-                f"{flag(name)} is {value}, but the run to resume has "
-                f"{getattr(config, name)}; leave it out, or start a new run"
-            )
     text = read_text(config.text)
-    if digest(text) != saved.header["text_sha256"]:
+    header = {
+        "config": dataclasses.asdict(config),
+        "text_sha256": hashlib.sha256(text.tobytes()).hexdigest(),
+    }
+    if saved is None:
+        run = Run(config, header, split(text, config.seq), init_state(config))
+        args.out.mkdir(parents=True, exist_ok=True)
+        # Whenever a run is killed, there is something to resume.
+        checkpoint.save(args.out / "checkpoint", header, run.state)
+        return run
+    if saved.header != header:
         raise ValueError(
             f"the text ({config.text or 'pydoc_data, which differs between Pythons'}) is "
             "not the one that the run to resume was started on"
         )
-    return config, split(text, config.seq), saved.restore(init_state(config))
+    like = eqx.filter_eval_shape(init_state, config)  # shapes and dtypes, no numbers
+    return Run(config, header, split(text, config.seq), saved.restore(like))
 
 
-def digest(text: np.ndarray) -> str:
-    return hashlib.sha256(text.tobytes()).hexdigest()
-
-
-def save(out: pathlib.Path, config: RunConfig, text: np.ndarray, state: State) -> None:
-    header = {"config": dataclasses.asdict(config), "text_sha256": digest(text)}
-    checkpoint.save(out / "checkpoint", header, state)
-
-
-def train(
-    config: RunConfig, parts: Split, state: State, out: pathlib.Path, checkpoint_every: int
-) -> State:
+def train(run: Run, out: pathlib.Path, checkpoint_every: int) -> State:
     """All steps that are left, with a progress bar."""
-    text = np.concatenate(parts)
-    train_text = jnp.asarray(parts.train)
+    config, header, text, state = run
+    train_text = jnp.asarray(text.train)
     tokens = config.batch * config.seq
     evaluate_every = max(config.steps // 8, 1)
     done = int(state.step)
@@ -164,16 +171,18 @@ def train(
         for step in range(done + 1, config.steps + 1):
             state = train_step((config, train_text), state)
             loss = float(state.train_loss[step - 1])
+            if not math.isfinite(loss):
+                sys.exit(f"the loss of step {step} is {loss}: try a smaller --lr")
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update(tokens)
             last = step == config.steps
             if step % evaluate_every == 0 or last:
-                held_out = evaluate(state.model, parts, config.seq)
+                held_out = evaluate(state.model, text, config.seq)
                 bar.write(f"step {step:5}: held-out loss {held_out:.4f} nats a byte")
                 new = state.validation_loss.at[step - 1].set(held_out)
                 state = dataclasses.replace(state, validation_loss=new)
             if step % checkpoint_every == 0 or last:
-                save(out, config, text, state)
+                checkpoint.save(out / "checkpoint", header, state)
     return state
 
 
@@ -183,18 +192,20 @@ def main(argv: list[str] | None = None) -> None:
     args = arguments.parse_args(argv)
     try:
         check(args)
-        config, parts, state = start(args)
+        run = start(args)
     except (OSError, ValueError) as error:
         arguments.error(str(error))
 
-    ngram_loss = WittenBell(parts.train).loss(parts.train, parts.held_out)
-    print(f"text        {len(parts.train):,} bytes, and {len(parts.held_out):,} held out")
+    config, _, text, state = run
+    ngram_loss = WittenBell(text.train).loss(text.train, text.held_out)
+    print(f"text        {len(text.train):,} bytes, and {len(text.held_out):,} held out")
     print(f"n-gram      {ngram_loss:.4f} nats a held-out byte")
-    print(f"model       {num_parameters(state.model):,} parameters, {config.attention}")
+    print(f"model       {num_parameters(state.model):,} parameters")
+    print(f"attention   {parse_mask(config.mask)}, by {config.mechanism}")
     print(f"output      {args.out}", flush=True)
 
     try:
-        state = train(config, parts, state, args.out, args.checkpoint_every)
+        state = train(run, args.out, args.checkpoint_every)
     except KeyboardInterrupt:
         sys.exit("interrupted; --resume continues from the last checkpoint")
 
@@ -204,18 +215,17 @@ def main(argv: list[str] | None = None) -> None:
         np.asarray(state.validation_loss),
         ngram_loss,
     )
-    sample = bytes(
-        generate(
-            state.model,
-            args.prompt.encode(),
-            args.sample_bytes,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            seed=args.sample_seed,
-        )
+    prompt = args.prompt.encode(errors="surrogateescape")
+    sampled = generate(
+        state.model,
+        prompt,
+        args.sample_bytes,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        seed=args.sample_seed,
     )
-    # A sample may end in the middle of a character.
-    sample = args.prompt + sample.decode(errors="replace")
+    # The last character may be a part of one.
+    sample = (prompt + bytes(sampled)).decode(errors="replace")
     (args.out / "sample.txt").write_text(sample, encoding="utf-8")
     print(f"\n{sample}\n")
     loss = float(state.validation_loss[-1])

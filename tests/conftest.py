@@ -49,20 +49,36 @@ def pytest_addoption(parser):
         action="store_true",
         help="leave out the tests marked slow, and fewer examples of each property",
     )
+    parser.addoption(
+        "--thorough",
+        action="store_true",
+        help="also the tests marked thorough, and many more examples of each property",
+    )
+
+
+def _profile(config) -> str:
+    if config.getoption("--thorough"):
+        return "thorough"
+    return "quick" if config.getoption("--quick") else "default"
 
 
 def pytest_configure(config):
     if config.getoption("--hypothesis-profile") is None:
-        hypothesis.settings.load_profile(
-            "quick" if config.getoption("--quick") else "default"
-        )
+        hypothesis.settings.load_profile(_profile(config))
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--quick"):
-        slow = [item for item in items if item.get_closest_marker("slow")]
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+    left_out = {
+        "default": ("thorough",),
+        "quick": ("slow", "thorough"),
+        "thorough": (),
+    }[_profile(config)]
+
+    def is_left_out(item):
+        return any(item.get_closest_marker(name) for name in left_out)
+
+    config.hook.pytest_deselected(items=[item for item in items if is_left_out(item)])
+    items[:] = [item for item in items if not is_left_out(item)]
 
 
 def _num_memory_maps() -> int:

@@ -43,20 +43,22 @@ def jax_nn(
         q_positions=q_positions,
         kv_positions=kv_positions,
     )
-    # It relies on implicit promotion.
-    with (
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-    ):
-        return jax.nn.dot_product_attention(
-            query,
-            key_,
-            value,
-            bias=None if score == () else jnp.broadcast_to(score.array, visible.shape),
-            mask=jnp.asarray(visible),
-            scale=scale,
-            return_residual=return_lse,
-        )
+    return jax.nn.dot_product_attention(
+        query,
+        key_,
+        value,
+        bias=None if score == () else jnp.broadcast_to(score.array, visible.shape),
+        mask=jnp.asarray(visible),
+        scale=scale,
+        return_residual=return_lse,
+    )
+
+
+@pytest.fixture(autouse=True)
+def implicit_promotion():
+    """jax.nn relies on it, in its gradient too."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
 
 
 _SHAPES = ("square", "one_query", "one_kv_head")
@@ -78,21 +80,21 @@ def _has_empty_rows(case):
     visible = testing.visible_pairs(
         options["mask"], batch, q_heads, q_len, key_.shape[-3], **positions
     )
-    return not visible.any(axis=-1).all()
+    return not np.all(np.any(visible, axis=-1))
 
 
 def _wrong(outcome):
     return {c.name for c in outcome.comparisons if not c.ok}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_empty_rows_are_the_only_difference_in_the_output(dtype):
-    cases = _cases(30, dtype, return_lse=False)
+@pytest.mark.parametrize("dtype, n", [("float32", 28), ("bfloat16", 14)])
+def test_empty_rows_are_the_only_difference_in_the_output(dtype, n):
+    cases = _cases(n, dtype, return_lse=False)
     report = check(jax_nn, cases=cases, jit=False)
     assert not report.unsupported
     failed = {o.case.name for o in report.failures}
     assert failed == {case.name for case in cases if _has_empty_rows(case)}
-    assert 3 < len(failed) < 27
+    assert 3 < len(failed) < n - 3
     for outcome in report.failures:
         problems = {c.name: c.problem for c in outcome.comparisons}
         assert problems["out"] == "is wrong where no key is visible"
@@ -104,11 +106,12 @@ def test_empty_rows_are_the_mean_of_the_values():
     mean = jnp.broadcast_to(jnp.mean(value, axis=-3, keepdims=True), value.shape)
     out = jax_nn(query, key_, value, mask=options["mask"])
     np.testing.assert_allclose(out, mean, rtol=0, atol=1e-6)
-    assert (eqa.attend(query, key_, value, mask=options["mask"]) == 0).all()
+    ours = eqa.attend(query, key_, value, mask=options["mask"])
+    assert not np.any(np.asarray(ours))
 
 
 def test_the_gradient_of_lse_is_dropped():
-    cases = [c for c in _cases(30, return_lse=True) if not _has_empty_rows(c)]
+    cases = [c for c in _cases(28, return_lse=True) if not _has_empty_rows(c)]
     check(jax_nn, cases=cases, gradients=False, jit=False).raise_on_failure()
     report = check(jax_nn, cases=cases, jit=False)
     # With one visible key a row, or hidden ones, the gradients may happen to be zero.
@@ -131,7 +134,8 @@ def test_lse_is_cast_to_the_dtype_of_the_inputs():
 def test_hidden_nan_spreads():
     case = Case("nan", mask="keys", shape="square", return_lse=False, poison=True)
     (outcome,) = check(jax_nn, cases=[case], jit=False).failures
-    assert {c.problem for c in outcome.comparisons} == {"has NaN"}
+    problems = {c.name: c.problem for c in outcome.comparisons}
+    assert problems["out"] == problems["dquery"] == "has NaN"
 
 
 def test_softmax_is_in_single_precision():

@@ -2,6 +2,7 @@
 
 import io
 import itertools as it
+from typing import Any
 
 import equinox as eqx
 import eqx_attention as eqa
@@ -119,7 +120,6 @@ def test_dropout(key):
         mha(*x)
     # In the configuration, or in a module: the same.
     for attention in (
-        eqa.AttentionConfig(dropout=0.5),
         eqa.Attention(dropout=0.5),
         eqa.AttentionConfig(dropout=0.5, mechanism="vanilla"),
         eqa.AttentionConfig(dropout=0.5, mechanism=eqa.Blockwise(2, 2)),
@@ -161,11 +161,11 @@ def test_process_heads(key):
     _close(rotary(x, x, x), expected)
     for bad in range(3):
 
-        def process_heads(*heads):
+        def change_shape(*heads):
             return tuple(h[:-1] if i == bad else h for i, h in enumerate(heads))
 
         with pytest.raises(ValueError, match="process_heads must not change the shape"):
-            ours(x, x, x, process_heads=process_heads)
+            ours(x, x, x, process_heads=change_shape)
 
 
 @pytest.mark.parametrize("num_kv_heads", (1, 2, 4))
@@ -225,12 +225,16 @@ def test_qk_norm(qk_norm, key):
     weights = weights / weights.sum(-1, keepdims=True)
     out = np.einsum("hqk,khd->qhd", weights, np.repeat(value, 2, 1)).reshape(5, -1)
     _close(mha(q, k, v), out @ np.asarray(mha.output_proj.weight).T)
+
     # All of it is learned, and zeros are no accident.
-    grads = eqx.filter_grad(lambda m: jnp.sum(m(q, k, v) ** 2))(mha)
-    assert all(jnp.any(g != 0) for g in jax.tree.leaves(grads))
+    @eqx.filter_jit
+    @eqx.filter_grad
+    def grad(mq):
+        return jnp.sum(mq[0](mq[1], k, v) ** 2)
+
+    assert all(jnp.any(g != 0) for g in jax.tree.leaves(grad((mha, q))))
     zeros = jnp.zeros_like(q)
-    grads = jax.grad(lambda q: jnp.sum(mha(q, k, v) ** 2))(zeros)
-    assert jnp.all(jnp.isfinite(grads))
+    assert all(jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grad((mha, zeros))))
 
 
 def test_qk_norm_scale(key):
@@ -255,7 +259,7 @@ def test_config(mechanism, key):
     bias = eqa.Bias(jr.normal(key, (3, 6, 6)))
     sinks = jnp.arange(3.0)
     out = mha(q, k, v, window, score=bias, sinks=sinks)
-    plain = eqa.attend(
+    plain: Any = eqa.attend(
         jax.vmap(mha.query_proj)(q).reshape(6, 3, 4),
         jax.vmap(mha.key_proj)(k).reshape(6, 1, 4),
         jax.vmap(mha.value_proj)(v).reshape(6, 1, 4),
@@ -309,15 +313,17 @@ def _cached(mask, key, mechanism="auto", **kwargs):
     return mha, lambda batch=(): eqa.StaticCache.init(14, 2, 6, 5, batch=batch)
 
 
-@pytest.mark.parametrize("mask", _masks)
-@pytest.mark.parametrize("mechanism", ("vanilla", "blockwise"))
+@pytest.mark.parametrize(
+    "mask, mechanism",
+    ((_masks[0], "vanilla"), (_masks[0], "blockwise"), (_masks[1], "blockwise")),
+)
 def test_cache(mask, mechanism, key):
     """Chunk by chunk = token by token = one call = without a cache."""
     mha, init = _cached(mask, key, mechanism)
     x = jr.normal(key, (11, 24))
     expected = mha(x, x, x)
     call = eqx.filter_jit(lambda mha, x, cache: mha(x, x, x, cache=cache))
-    for chunks in ([11], [4, 4, 3], [7, 1, 1, 1, 1]):
+    for chunks in ([11], [4, 4, 1, 1, 1]):
         cache, outs = init(), []
         for chunk in jnp.split(x, list(it.accumulate(chunks))[:-1]):
             out, cache = call(mha, chunk, cache)
@@ -388,8 +394,10 @@ def test_cache_dropout(key):
     _close(out, mha(x, x, x, key=key))
 
 
-@pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float16))
-@pytest.mark.parametrize("qk_norm", (None, "rms", "l2"))
+@pytest.mark.parametrize(
+    "dtype, qk_norm",
+    ((jnp.bfloat16, None), (jnp.bfloat16, "rms"), (jnp.float16, "l2")),
+)
 def test_low_precision(dtype, qk_norm, key):
     rotary = eqa.RotaryEmbedding(4)
     mha = MultiheadAttention(3, 12, dtype=dtype, qk_norm=qk_norm, rotary=rotary, key=key)
@@ -437,7 +445,8 @@ def test_transforms(key):
             outs.append(x)
         return jnp.sum(jnp.stack(outs) ** 2)
 
-    for a, b in zip(*(jax.tree.leaves(f(arrays, xs)) for f in (scanned, looped))):
+    fs = map(eqx.filter_jit, (scanned, looped))
+    for a, b in zip(*(jax.tree.leaves(f(arrays, xs)) for f in fs)):
         _close(a, b, atol=1e-4)
 
 

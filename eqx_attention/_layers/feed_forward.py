@@ -81,9 +81,9 @@ class FeedForward(eqx.Module):
         activation: str = "gelu",
         use_bias: bool = False,
         dropout_p: float | int = 0.0,
-        inference: bool = False,
         block_size: int | None = None,
         dtype: Any = None,
+        inference: bool = False,
         *,
         key: PRNGKeyArray,
     ):
@@ -97,11 +97,11 @@ class FeedForward(eqx.Module):
             which have a third matrix.
         - `use_bias`: Whether the linear maps have biases.
         - `dropout_p`: Dropout probability on the hidden layer.
-        - `inference`: Whether to leave dropout out. May be toggled by
-            `equinox.nn.inference_mode`.
         - `block_size`: How many tokens are computed at a time. Defaults to all.
         - `dtype`: The dtype of the parameters. Defaults to float32, or to float64 if
             JAX is in 64-bit mode.
+        - `inference`: Whether to leave dropout out. May be toggled by
+            `equinox.nn.inference_mode`.
         - `key`: A `jax.random.key` to initialise the parameters. (Keyword only
             argument.)
 

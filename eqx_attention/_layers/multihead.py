@@ -418,7 +418,7 @@ class MultiheadAttention(eqx.Module):
             cache = cache.append(key_heads, value_heads)
             key_heads, value_heads, kv_positions, valid = cache.keys_values()
 
-        out = self.attention(
+        out: Any = self.attention(
             query_heads,
             key_heads,
             value_heads,

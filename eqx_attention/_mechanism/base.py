@@ -2,11 +2,11 @@ from abc import abstractmethod
 from typing import NamedTuple
 
 import equinox as eqx
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._axes import axes
 from .._dropout import Dropout
+from .._dtype import accumulation_dtype
 from .._mask import AbstractMask
 from .._score import AbstractScore
 from .._static import Static
@@ -45,7 +45,7 @@ class Request(eqx.Module):
     @property
     def dtype(self):
         """The dtype of statistics and accumulation."""
-        return jnp.promote_types(self.query.dtype, jnp.float32)
+        return accumulation_dtype(self.query.dtype)
 
     @property
     def operand_dtype(self):

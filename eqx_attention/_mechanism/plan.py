@@ -30,6 +30,12 @@ class Grid(NamedTuple):
         size, length = self.sizes[2 + axis], self.lengths[axis]
         return jnp.minimum(n * size, length - size)
 
+    def indices(self, axis: int) -> Int[Array, "blocks size"]:
+        """The index of each token of each block."""
+        blocks = jnp.arange(self.counts[2 + axis], dtype=jnp.int32)
+        tokens = jnp.arange(self.sizes[2 + axis], dtype=jnp.int32)
+        return self.starts(axis, blocks)[:, None] + tokens[None]
+
     def ragged(self, axis: int) -> bool:
         return self.lengths[axis] % self.sizes[2 + axis] != 0
 

@@ -121,8 +121,7 @@ def _split(x: Array, tiles: Grid, axis: int) -> Array:
     counts, sizes = tiles.counts, tiles.sizes
     count, size = counts[2 + axis], sizes[2 + axis]
     if tiles.ragged(axis):
-        index = tiles.starts(axis, jnp.arange(count))[:, None] + jnp.arange(size)
-        x = jnp.take(x, index, axis=2, unique_indices=False)
+        x = jnp.take(x, tiles.indices(axis), axis=2)
     shape = (counts.batch, sizes.batch, counts.heads, -1, count, size, x.shape[-1])
     x = x.reshape(shape).transpose(0, 2, 4, 1, 3, 5, 6)
     return x.reshape(-1, *x.shape[2:])
@@ -135,6 +134,5 @@ def _join(x: Array, tiles: Grid) -> Array:
     x = x.reshape(counts.batch * sizes.batch, -1, *x.shape[4:])
     if not tiles.ragged(0):
         return x.reshape(*x.shape[:2], -1, x.shape[-1])
-    index = tiles.starts(0, jnp.arange(counts.query))[:, None] + jnp.arange(sizes.query)
     zeros = jnp.zeros((*x.shape[:2], tiles.lengths[0], x.shape[-1]), x.dtype)
-    return zeros.at[:, :, index].add(x)
+    return zeros.at[:, :, tiles.indices(0)].add(x)

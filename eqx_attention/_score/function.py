@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, PyTree
 
 from .._axes import axes
 from .._function import check_function, example_arguments, features, own_params
-from .._static import is_number, pdoc, Static, static_or_leaf, unwrap
+from .._static import is_array, is_number, pdoc, Static, static_or_leaf, unwrap
 from .._tokens import Tile
 from .base import AbstractScore
 
@@ -51,7 +51,7 @@ class SoftCap(AbstractScore):
         _check_cap(self._cap)
 
     @property
-    def cap(self) -> float | Float[Array, ""]:
+    def cap(self) -> float | Float[Array, "..."]:
         return unwrap(self._cap)
 
     __pdoc__ = pdoc
@@ -60,8 +60,8 @@ class SoftCap(AbstractScore):
         self, logit: Float[Array, "head query key"], tile: Tile
     ) -> Float[Array, "head query key"]:
         cap = self.cap
-        if isinstance(self._cap, jax.Array):
-            cap = self._cap.reshape(1, 1, 1).astype(logit.dtype)
+        if is_array(cap):
+            cap = cap.reshape(1, 1, 1).astype(logit.dtype)
         return cap * jnp.tanh(logit / cap)
 
 

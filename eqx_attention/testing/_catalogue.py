@@ -46,25 +46,30 @@ def _int(rng: np.random.Generator, low: int, high: int) -> int:
 
 
 def _ints(rng, low, high, shape):
-    return jnp.asarray(rng.integers(low, max(high, low) + 1, shape), jnp.int32)
+    integers = np.asarray(rng.integers(low, max(high, low) + 1, shape))
+    return jnp.asarray(integers.astype(np.int32))
 
 
 def _bools(rng, share, shape):
     return jnp.asarray(rng.random(shape) < share)
 
 
+def _sorted(x):
+    return jnp.asarray(np.sort(np.asarray(x)))
+
+
 def _segments(rng, s):
     if s.q_len == s.kv_len:
-        return eqa.Segments(jnp.sort(_ints(rng, 0, 3, (*s.batch, s.q_len))))
+        return eqa.Segments(_sorted(_ints(rng, 0, 3, (*s.batch, s.q_len))))
     return eqa.Segments(
         _ints(rng, 0, 2, (*s.batch, s.q_len)),
-        jnp.sort(_ints(rng, 0, 3, (*s.batch, s.kv_len))),
+        _sorted(_ints(rng, 0, 3, (*s.batch, s.kv_len))),
     )
 
 
 def _left_padding(rng, s):
     first = rng.integers(0, s.kv_len, (*s.batch, 1))
-    return eqa.Keys(jnp.asarray(np.arange(s.kv_len) >= first, jnp.int32))
+    return eqa.Keys(jnp.asarray((np.arange(s.kv_len) >= first).astype(np.int32)))
 
 
 def _parity(q_pos, kv_pos, head, q_feature, kv_feature, params):
@@ -90,7 +95,7 @@ MASKS: dict[str, Callable[[np.random.Generator, Shape], Any]] = {
     "nothing": lambda rng, s: ~eqa.Full(),
     "causal": lambda rng, s: eqa.Causal(),
     "causal_offset": lambda rng, s: eqa.Causal(_int(rng, -4, 4)),
-    "causal_array": lambda rng, s: eqa.Causal(_ints(rng, -4, 4, ())),
+    "causal_array": lambda rng, s: eqa.Causal(_ints(rng, -4, 4, s.batch)),
     "window": lambda rng, s: eqa.SlidingWindow(
         _int(rng, 0, s.kv_len // 3), _int(rng, 0, s.kv_len // 4)
     ),
@@ -137,7 +142,7 @@ MASKS: dict[str, Callable[[np.random.Generator, Shape], Any]] = {
 
 
 def _reals(rng, shape, dtype, low=-1.0, high=1.0):
-    return jnp.asarray(rng.uniform(low, high, shape), dtype)
+    return jnp.asarray(np.asarray(rng.uniform(low, high, shape)).astype(dtype))
 
 
 def _distance(logit, q_pos, kv_pos, head, q_feature, kv_feature, params):
@@ -169,8 +174,9 @@ def _score_fn_features(rng, s, dtype):
 
 def _bias_with_holes(rng, s, dtype):
     shape = (*s.batch, 1, s.q_len, s.kv_len)
-    holes = rng.random(shape) < 0.4
-    return eqa.Bias(jnp.where(holes, -jnp.inf, _reals(rng, shape, dtype)))
+    values = rng.uniform(-1, 1, shape)
+    values[rng.random(shape) < 0.4] = -np.inf
+    return eqa.Bias(jnp.asarray(values.astype(dtype)))
 
 
 SCORES: dict[str, Callable[[np.random.Generator, Shape, Any], Any]] = {

@@ -4,7 +4,6 @@ Nothing here is shared with the mechanisms, their tiles, slices or backward pass
 mask or a score means is written down a second time, from its definition alone.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -95,8 +94,11 @@ def _apply(score: Any, logits: Array, at: Pairs) -> Array:
 def _cast(tree: Any, dtype: Any) -> Any:
     def one(x):
         is_array = isinstance(x, np.ndarray | jax.Array)
-        inexact = is_array and jnp.issubdtype(x.dtype, jnp.inexact)
-        return jnp.asarray(x, dtype) if inexact else x
+        if not is_array or not jnp.issubdtype(x.dtype, jnp.inexact):
+            return x
+        if isinstance(x, jax.core.Tracer):
+            return x.astype(dtype)
+        return jnp.asarray(np.asarray(x).astype(dtype))  # compiles nothing
 
     return jax.tree.map(one, tree)
 
@@ -156,6 +158,9 @@ def dense_attention(
     return out, jnp.moveaxis(lse, -2, -1)
 
 
+_dropout_mask = eqx.filter_jit(eqa.dropout_mask)
+
+
 def prepare(
     query: Any,
     key_: Any,
@@ -176,7 +181,7 @@ def prepare(
     kept = np.ones(shape)
     if dropout > 0:
         sizes = (tuple(batch), q_heads, q_len, kv_len)
-        kept = np.asarray(eqa.dropout_mask(key, dropout, *sizes)) / (1 - dropout)
+        kept = np.asarray(_dropout_mask(key, dropout, *sizes)) / (1 - dropout)
     at = pairs_of(batch, q_heads, q_len, kv_len, q_positions, kv_positions)
     visible = np.broadcast_to(visible_at(mask, at), shape)
     return dict(at=at, visible=visible, kept=kept)
@@ -258,17 +263,14 @@ def pull_back(
     return out, lse, gradients
 
 
-# Compiling takes most of the time, of which fewer optimisations take less; and cases that
-# differ in their mask or positions alone share a program.
-@functools.partial(eqx.filter_jit, compiler_options={"xla_backend_optimization_level": 0})
-def dense_gradients(
+def _dense_gradients(
     arguments: dict[str, Any],
     prepared: dict[str, Any],
     dout: Array,
     dlse: Array | None,
     product: Any,
     statistics: Any,
-) -> tuple[Array, Array, PyTree]:
+) -> tuple[Array, Array | None, PyTree]:
     """`dense_attention` and its gradients."""
     return pull_back(
         lambda x: dense_attention(x, **prepared, product=product, statistics=statistics),
@@ -276,6 +278,13 @@ def dense_gradients(
         dout,
         dlse,
     )
+
+
+# Compiling takes most of the time, of which fewer optimisations take less; and cases that
+# differ in their mask or positions alone share a program.
+dense_gradients = eqx.filter_jit(  # pyright: ignore[reportCallIssue]
+    _dense_gradients, compiler_options={"xla_backend_optimization_level": 0}
+)
 
 
 def reference_gradients(
@@ -320,9 +329,9 @@ def reference_gradients(
     arguments = dict(query=query, key_=key_, value=value, score=score)
     arguments |= {n: x for n, x in dict(sinks=sinks, scale=scale).items() if x is not None}
     with jax.enable_x64(True):
-        dlse = jnp.zeros(dout.shape[:-1]) if dlse is None else dlse
+        dlse = np.zeros(dout.shape[:-1]) if dlse is None else dlse
         cotangents = _cast((dout, dlse), jnp.float64)
         arguments = _cast(arguments, jnp.float64)
         dtypes = (jnp.float64, jnp.float64)
         result = dense_gradients(arguments, options, *cotangents, *dtypes)
-        return jax.tree.map(np.asarray, Gradients(*result))
+        return Gradients(*jax.tree.map(np.asarray, result))

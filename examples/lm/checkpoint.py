@@ -79,8 +79,9 @@ def _write_atomically(path: pathlib.Path, content: bytes) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)  # and the name, too
-    finally:
-        os.close(directory)
+    if os.name == "posix":  # elsewhere, directories cannot be opened
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)  # the name, too
+        finally:
+            os.close(directory)

@@ -41,7 +41,7 @@ class RunConfig:
     ff_block: int = _option(
         256, "tokens whose hidden layer exists at a time in the feed-forward network"
     )
-    lr: float = _option(4e-3, "highest learning rate")
+    lr: float = _option(6e-3, "highest learning rate")
     weight_decay: float = _option(0.1, "weight decay of all matrices")
     seed: int = _option(0, "seed of the initial weights and of the order of the data")
 
@@ -54,8 +54,9 @@ class RunConfig:
                 raise ValueError(
                     f"{flag(name)} must be positive; got {getattr(self, name)}"
                 )
-        if self.seq < 2:
-            raise ValueError(f"--seq must be at least 2; got {self.seq}")
+        if self.seq < 4:
+            # The n-gram model, too, looks back that far.
+            raise ValueError(f"--seq must be at least 4; got {self.seq}")
         if not 0 <= self.weight_decay < float("inf"):
             raise ValueError(f"--weight-decay must be >= 0; got {self.weight_decay}")
         if not 0 <= self.seed < 2**32:

@@ -12,7 +12,8 @@ from .config import RunConfig
 
 VOCABULARY = 256
 
-Caches = tuple[eqa.AbstractCache, ...]
+# One a block; `None` where there is nothing before the tokens at hand.
+Caches = tuple[eqa.AbstractCache | None, ...]
 
 
 class Block(eqx.Module):
@@ -48,10 +49,9 @@ class Block(eqx.Module):
         self, x: Float[Array, "seq width"], cache: eqa.AbstractCache | None
     ) -> tuple[Float[Array, "seq width"], eqa.AbstractCache | None]:
         h = jax.vmap(self.attention_norm)(x)
-        if cache is None:
-            h = self.attention(h, h, h)
-        else:
-            h, cache = self.attention(h, h, h, cache=cache)
+        h = self.attention(h, h, h, cache=cache)
+        if isinstance(h, tuple):  # given a cache, it returns the new one, too
+            h, cache = h
         x = x + h
         h = jax.vmap(self.feed_forward_norm)(x)
         return x + self.feed_forward(h), cache
@@ -73,23 +73,26 @@ class LanguageModel(eqx.Module):
 
     def __call__(
         self, tokens: Int[Array, " seq"], caches: Caches | None = None
-    ) -> tuple[Float[Array, "seq vocabulary"], Caches | None]:
+    ) -> tuple[Float[Array, "seq vocabulary"], Caches]:
         """**Arguments:**
 
         - `tokens`: Bytes, as integers. Use `jax.vmap` for batches.
-        - `caches`: One a block, if there are tokens before these.
+        - `caches`: What the model has read before these, from `init_caches` or from an
+            earlier call. Defaults to nothing.
 
-        **Returns:** the logits, and the new caches.
+        **Returns:**
+
+        The logits, and the caches for the call that goes on from here (if `caches` were
+        given).
         """
         # One matrix reads bytes and writes them. Its entries are of a size that suits the
         # logits; what goes into the first block is of size 1.
         x = self.embedding[tokens] / 0.02
-        new = []
+        new_caches = []
         for block, cache in zip(self.blocks, caches or (None,) * len(self.blocks)):
             x, cache = block(x, cache)
-            new.append(cache)
-        logits = jax.vmap(self.norm)(x) @ self.embedding.T
-        return logits, None if caches is None else tuple(new)
+            new_caches.append(cache)
+        return jax.vmap(self.norm)(x) @ self.embedding.T, tuple(new_caches)
 
     def init_caches(self, capacity: int) -> Caches:
         """Empty caches for sequences of up to `capacity` tokens."""

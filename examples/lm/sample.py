@@ -29,10 +29,10 @@ def pick(
 def _next_byte(
     constants: tuple[LanguageModel, Int[Array, " seq"], float, int, PRNGKeyArray],
     caches: Caches,
-) -> tuple[Int[Array, ""], Caches | None]:
+) -> tuple[Int[Array, ""], Caches]:
     model, tokens, temperature, top_k, key = constants
-    logits, caches_ = model(tokens, caches)
-    return pick(logits[-1], temperature, top_k, key), caches_
+    logits, caches = model(tokens, caches)
+    return pick(logits[-1], temperature, top_k, key), caches
 
 
 def generate(

@@ -45,6 +45,7 @@ def optimiser(config: RunConfig) -> optax.GradientTransformation:
     )
 
 
+@eqx.filter_jit
 def init_state(config: RunConfig) -> State:
     model = LanguageModel(config, key=jr.key(config.seed))
     return State(
