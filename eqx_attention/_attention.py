@@ -1,6 +1,6 @@
 """The verb, and the module that holds its options."""
 
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -43,6 +43,11 @@ _QPositions = str | Int[Array, "..."] | Int[np.ndarray, "..."]
 _KVPositions = None | Int[Array, "..."] | Int[np.ndarray, "..."]
 _Out = Float[Array, "*batch q_len q_heads value_dim"]
 _Lse = Float[Array, "*batch q_len q_heads"]
+# Which of the two is a matter of `return_lse`; checked when called, free to a type checker.
+if TYPE_CHECKING:
+    _Result = Any
+else:
+    _Result = _Out | tuple[_Out, _Lse]
 
 
 @jaxtyped(typechecker=typechecker)
@@ -65,7 +70,7 @@ def attend(
     sharding: Any = None,
     mesh: Any = None,
     return_lse: bool = False,
-) -> _Out | tuple[_Out, _Lse]:
+) -> _Result:
     r"""Scaled dot-product attention.
 
     In order: $s = \text{scale} \cdot q k^\intercal$; the scores; the mask; softmax over
@@ -239,7 +244,7 @@ class Attention(eqx.Module):
         )
 
     @property
-    def scale(self) -> None | float | Float[Array, "..."]:
+    def scale(self) -> Any:
         return unwrap(self._scale)
 
     @jaxtyped(typechecker=typechecker)
@@ -257,7 +262,7 @@ class Attention(eqx.Module):
         q_positions: _QPositions = "start",
         kv_positions: _KVPositions = None,
         return_lse: bool = False,
-    ) -> _Out | tuple[_Out, _Lse]:
+    ) -> _Result:
         """As [`eqx_attention.attend`][]. `inference=None` defers to the field."""
         positions = (q_positions, kv_positions)
         call = self._call(query, key_, value, mask, score, sinks, key, inference, positions)

@@ -88,7 +88,8 @@ def canonical(tree: _T, sizes: Sizes, path: str) -> _T:
 
 def own_sizes(tree: Any, path: str) -> tuple[tuple[int, ...], int]:
     """The batch axes and the number of heads that the arrays of a tree speak of."""
-    batch, heads = (), 1
+    batch: Any = ()
+    heads = 1
     for x, (_, spec) in zip(jax.tree.leaves(tree), declared(tree, path), strict=True):
         names = (spec or "").split()
         if not is_array(x) or not names:

@@ -72,7 +72,7 @@ class AttentionConfig(eqx.Module):
         as_dtype(self.dtype)
 
     @property
-    def scale(self) -> None | float | Float[Array, "..."]:
+    def scale(self) -> Any:
         return unwrap(self._scale)
 
     def to_json(self) -> str:

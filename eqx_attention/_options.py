@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 
 from ._dropout import check_rate
 from ._errors import ShapeError, UnsupportedError
@@ -161,7 +162,7 @@ def check_positions(positions: Any, name: str, words: tuple) -> None:
 def platform_of(*arrays: Any) -> str:
     """Where arrays are, or where JAX will put what is traced."""
     for x in arrays:
-        if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
+        if isinstance(x, jax.Array) and not isinstance(x, Tracer):
             return next(iter(x.devices())).platform
     device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     if isinstance(device, str):

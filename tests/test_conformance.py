@@ -10,7 +10,7 @@ CHUNK = 20
 
 
 def _chunk(n: int, dtype: str):
-    """The n-th of the chunks into which many cases are cut, so that processes share them."""
+    """The n-th of the chunks into which cases are cut, so that processes share them."""
     return testing.cases((n + 1) * CHUNK, dtype=dtype)[n * CHUNK :]
 
 

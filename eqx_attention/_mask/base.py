@@ -152,7 +152,7 @@ def _joined(operator: str, masks: tuple[AbstractMask, ...], **kwargs) -> wl.Abst
     return (wl.TextDoc("(") + inner + wl.TextDoc(")")).group()
 
 
-def _flatten(cls: type, mask: AbstractMask) -> tuple[AbstractMask, ...]:
+def _flatten(cls: type[And] | type[Or], mask: AbstractMask) -> tuple[AbstractMask, ...]:
     return mask.masks if isinstance(mask, cls) else (mask,)
 
 

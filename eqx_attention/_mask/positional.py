@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from .._axes import axes
-from .._static import is_number, pdoc, Static, static_or_leaf, unwrap
+from .._static import pdoc, Static, static_or_leaf, unwrap
 from .._tokens import Bounds, Tile
 from .base import AbstractMask, Or, Summary
 
@@ -21,12 +21,12 @@ def _integer(where: str, x, least: int | None = None, optional: bool = False):
         value = x.value
         if value is None and optional:
             return x
-        if not is_number(value) or value != int(value):
+        if isinstance(value, bool) or not isinstance(value, int):
             also = " or None" if optional else ""
             raise TypeError(f"{where}: expected an integer{also}, got {value!r}.")
         if least is not None and value < least:
             raise ValueError(f"{where}: expected at least {least}, got {value}.")
-        return Static(int(value))
+        return x
     if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.integer):
         got = getattr(x, "dtype", type(x).__name__)
         raise TypeError(f"{where}: expected an integer or an integer array, got {got}.")

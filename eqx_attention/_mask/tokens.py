@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Int
 
 from .._axes import axes
@@ -72,7 +72,7 @@ class Segments(AbstractMask):
 
         **Raises:** `ValueError` if a length is negative or the documents do not fit.
         """
-        concrete = not isinstance(lengths, jax.core.Tracer)
+        concrete = not isinstance(lengths, Tracer)
         if concrete:
             known = np.asarray(lengths)
             sums = known.sum(-1)

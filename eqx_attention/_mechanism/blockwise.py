@@ -166,7 +166,7 @@ class Blockwise(AbstractMechanism):
         wrt: tuple[int, ...],
     ) -> Gradients:
         tiles, overlaps = grid(request, self.blocks(request)), (True, True)
-        q, lse, dout, delta = row_terms(request, out, lse, dout, dlse)
+        q, (lse, dout, delta) = row_terms(request, out, lse, dout, dlse)
         k, v = heads_first(request, request.key_), heads_first(request, request.value)
         by_query = kinds(request, tiles, overlaps)
         table = lists(type(by_query)(*(x.swapaxes(2, 3) for x in by_query)))
@@ -182,9 +182,9 @@ class Blockwise(AbstractMechanism):
                 i = columns[t]
                 block = _block(tiles, b, h, i, j)
                 at = TileOf(request, block, (tiles.fresh(0, i), tiles.fresh(1, j)), masked)
-                rows = [_take(x, tiles, b, h, 0, i) for x in (lse, dout, delta)]
-                q_tile = _take(q, tiles, b, h, 0, i)
-                more = at.gradient(q_tile, k_tile, v_tile, *rows, wrt)
+                take = ft.partial(_take, tiles=tiles, b=b, h=h, axis=0, n=i)
+                rows = (take(lse), take(dout), take(delta))
+                more = at.gradient(take(q), k_tile, v_tile, rows, wrt)
                 start = (block.starts[0], block.starts[1], block.starts[2], 0)
                 dleaves = tuple(
                     add(old, block, new.astype(old.dtype))
@@ -207,12 +207,14 @@ class Blockwise(AbstractMechanism):
             return (dq, dk, dv, dleaves), None
 
         leaves = jax.tree.leaves(request.pairs)
-        zeros = [jnp.zeros(x.shape, request.dtype) for x in (q, k, v)]
-        zeros.append(tuple(jnp.zeros(leaves[n].shape, request.dtype) for n in wrt))
+        dq, dk, dv, *dleaves = (
+            jnp.zeros(x.shape, request.dtype) for x in (q, k, v, *(leaves[n] for n in wrt))
+        )
+        zeros = (dq, dk, dv, tuple(dleaves))
         rows = tiles.counts.batch * tiles.counts.heads * tiles.counts.key
-        carry, _ = lax.scan(row, tuple(zeros), jnp.arange(rows, dtype=jnp.int32))
-        dq, dk, dv = map(tokens_first, carry[:3])
-        return dq, dk, dv, carry[3]
+        carry, _ = lax.scan(row, zeros, jnp.arange(rows, dtype=jnp.int32))
+        dq, dk, dv, dleaves = carry
+        return tokens_first(dq), tokens_first(dk), tokens_first(dv), dleaves
 
     def explain(self, request: Request) -> str:
         sizes = self.blocks(request)

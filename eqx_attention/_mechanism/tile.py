@@ -85,9 +85,9 @@ class TileOf:
         seen = jnp.any((weights > 0) & bad[:, :, None, :], axis=-1, keepdims=True)
         return jnp.where(seen, jnp.nan, out)
 
-    def gradient(self, q, k, v, lse, dout, delta, wrt: tuple[int, ...]):
-        """`(dq, dk, dv, dleaves)`; lse is +inf in rows that see nothing."""
-        request = self.request
+    def gradient(self, q, k, v, rows: tuple[Array, Array, Array], wrt: tuple[int, ...]):
+        """`(dq, dk, dv, dleaves)`. The rows are `(lse, dout, delta)`: see `row_terms`."""
+        request, (lse, dout, delta) = self.request, rows
         qk = queries_by_keys(request, q, k)
         leaves = tuple(self.leaves[n] for n in wrt)
         logits, pull = jax.vjp(lambda qk, xs: self.logits(qk, wrt, xs), qk, leaves)
@@ -162,7 +162,7 @@ def tokens_first(x: Float[Array, "batch heads len channels"]) -> Array:
 
 
 def row_terms(request: Request, out, lse, dout, dlse):
-    """What the gradient needs of each row: `(q, lse, dout, delta)`, heads first.
+    """What the gradient needs of each row, heads first: `(q, (lse, dout, delta))`.
 
     Rows that see nothing get the log-sum-exp +inf, so that all their weights are 0, and
     zeros for what the weights are multiplied with.
@@ -173,4 +173,4 @@ def row_terms(request: Request, out, lse, dout, dlse):
     delta = (dout * out).sum(-1) - jnp.where(empty[..., 0], 0, dlse)
     lse = jnp.where(empty[..., 0], jnp.inf, lse)
     dout = tokens_first(dout)
-    return heads_first(request, q), lse.swapaxes(1, 2), dout, delta.swapaxes(1, 2)
+    return heads_first(request, q), (lse.swapaxes(1, 2), dout, delta.swapaxes(1, 2))

@@ -50,12 +50,11 @@ class Vanilla(AbstractMechanism):
         wrt: tuple[int, ...],
     ) -> Gradients:
         tile = _whole(request)
-        q, lse, dout, delta = row_terms(request, out, lse, dout, dlse)
+        q, rows = row_terms(request, out, lse, dout, dlse)
         k, v = heads_first(request, request.key_), heads_first(request, request.value)
-        *dqkv, dleaves = tile.gradient(q, k, v, lse, dout, delta, wrt)
+        dq, dk, dv, dleaves = tile.gradient(q, k, v, rows, wrt)
         dleaves = tuple(d.astype(request.dtype) for d in dleaves)
-        dq, dk, dv = map(tokens_first, dqkv)
-        return dq, dk, dv, dleaves
+        return tokens_first(dq), tokens_first(dk), tokens_first(dv), dleaves
 
     def weights(self, request: Request) -> Float[Array, "batch q_heads q_len kv_len"]:
         """The weights, after dropout."""

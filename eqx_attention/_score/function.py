@@ -1,6 +1,7 @@
 """Scores that are functions of the logit."""
 
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -51,7 +52,7 @@ class SoftCap(AbstractScore):
         _check_cap(self._cap)
 
     @property
-    def cap(self) -> float | Float[Array, "..."]:
+    def cap(self) -> Any:
         return unwrap(self._cap)
 
     __pdoc__ = pdoc

@@ -17,6 +17,7 @@ import eqx_attention as eqa
 from ._cases import Case, cases as random_cases, Inputs, precision_for, statistics_dtype
 from ._reference import (
     dense_gradients,
+    FAST_COMPILE,
     Gradients,
     prepare,
     pull_back,
@@ -269,10 +270,9 @@ def _run(
     if not jit:
         return call(*every)
     dynamic, static = eqx.partition(every, eqx.is_array)
-    options: dict[str, Any] = {"xla_backend_optimization_level": 0}
     compiled = jax.jit(
         lambda dynamic: call(*eqx.combine(dynamic, static)),
-        compiler_options=options if fast_compile else None,
+        compiler_options=FAST_COMPILE if fast_compile else None,
     )
     return compiled(dynamic)
 

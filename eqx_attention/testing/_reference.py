@@ -11,11 +11,16 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PyTree
 
 import eqx_attention as eqa
 
 from ._visible import Pairs, pairs_of, visible_at
+
+
+# Compiling takes most of the time, and takes half as long with few optimisations.
+FAST_COMPILE: dict[str, Any] = {"xla_backend_optimization_level": 0}
 
 
 class Gradients(NamedTuple):
@@ -96,7 +101,7 @@ def _cast(tree: Any, dtype: Any) -> Any:
         is_array = isinstance(x, np.ndarray | jax.Array)
         if not is_array or not jnp.issubdtype(x.dtype, jnp.inexact):
             return x
-        if isinstance(x, jax.core.Tracer):
+        if isinstance(x, Tracer):
             return x.astype(dtype)
         return jnp.asarray(np.asarray(x).astype(dtype))  # compiles nothing
 
@@ -158,7 +163,9 @@ def dense_attention(
     return out, jnp.moveaxis(lse, -2, -1)
 
 
-_dropout_mask = eqx.filter_jit(eqa.dropout_mask)
+_dropout_mask = eqx.filter_jit(  # pyright: ignore[reportCallIssue]
+    eqa.dropout_mask, compiler_options=FAST_COMPILE
+)
 
 
 def prepare(
@@ -280,10 +287,9 @@ def _dense_gradients(
     )
 
 
-# Compiling takes most of the time, of which fewer optimisations take less; and cases that
-# differ in their mask or positions alone share a program.
+# Cases that differ in their mask or positions alone share a program.
 dense_gradients = eqx.filter_jit(  # pyright: ignore[reportCallIssue]
-    _dense_gradients, compiler_options={"xla_backend_optimization_level": 0}
+    _dense_gradients, compiler_options=FAST_COMPILE
 )
 
 
@@ -329,8 +335,8 @@ def reference_gradients(
     arguments = dict(query=query, key_=key_, value=value, score=score)
     arguments |= {n: x for n, x in dict(sinks=sinks, scale=scale).items() if x is not None}
     with jax.enable_x64(True):
-        dlse = np.zeros(dout.shape[:-1]) if dlse is None else dlse
-        cotangents = _cast((dout, dlse), jnp.float64)
+        zero = np.zeros(dout.shape[:-1])
+        cotangents = _cast((dout, zero if dlse is None else dlse), jnp.float64)
         arguments = _cast(arguments, jnp.float64)
         dtypes = (jnp.float64, jnp.float64)
         result = dense_gradients(arguments, options, *cotangents, *dtypes)

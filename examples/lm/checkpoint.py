@@ -9,7 +9,6 @@ import io
 import json
 import os
 import pathlib
-import tempfile
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -68,16 +67,17 @@ def read(path: pathlib.Path) -> Checkpoint:
 
 def _write_atomically(path: pathlib.Path, content: bytes) -> None:
     """At every moment, `path` is either the old file or the new one."""
-    # In the same directory, since a rename between file systems is a copy.
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
+    # In the same directory, since a rename between file systems is a copy. What a killed
+    # program leaves there is overwritten by the next one.
+    temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(descriptor, "wb") as file:
+        with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())  # on the disk before it gets its name
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
     if os.name == "posix":  # elsewhere, directories cannot be opened
         directory = os.open(path.parent, os.O_RDONLY)

@@ -39,7 +39,7 @@ class RunConfig:
     heads: int = _option(4, "query heads")
     kv_heads: int = _option(2, "key and value heads; query heads share them")
     ff_block: int = _option(
-        256, "tokens whose hidden layer exists at a time in the feed-forward network"
+        64, "tokens whose hidden layer exists at a time in the feed-forward network"
     )
     lr: float = _option(6e-3, "highest learning rate")
     weight_decay: float = _option(0.1, "weight decay of all matrices")

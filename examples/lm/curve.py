@@ -30,7 +30,8 @@ def draw(
     axes.axhline(ngram_loss, color="C7", linestyle="--", label="n-gram, held out")
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats a byte)")
-    top = np.nanpercentile(train_loss, 99)
-    axes.set_ylim(0.6 * min(ngram_loss, np.nanmin(train_loss) / 0.6), 1.05 * top)
+    # The first losses are far above all others.
+    lowest = min(ngram_loss, np.nanmin(train_loss), np.nanmin(validation_loss))
+    axes.set_ylim(0.9 * lowest, np.nanpercentile(train_loss, 98))
     axes.legend()
     figure.savefig(path, dpi=150)

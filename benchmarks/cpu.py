@@ -1,0 +1,241 @@
+"""Attention on a CPU, side by side: `python benchmarks/cpu.py`.
+
+Times `blockwise`, `vanilla`, `jax.nn.dot_product_attention` and, where it is importable,
+PyTorch's `scaled_dot_product_attention`, in turn and in one process, so that whatever else
+the machine does falls on all of them alike. Prints a table and writes JSON.
+
+Float32, batch 1, 8 heads of 64. GFLOP/s count `4 * seq^2 * heads * dim`, halved if causal,
+times 3.5 for forward and backward.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import eqx_attention as eqa
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+HEADS, DIM = 8, 64
+RESULTS = pathlib.Path(__file__).parent / "results" / "cpu.json"
+PASSES = {"forward": 1.0, "forward+backward": 3.5}
+
+
+def numpy_inputs(seq: int, heads: int = HEADS, dim: int = DIM) -> list[np.ndarray]:
+    """`query, key_, value, dout`."""
+    rng = np.random.default_rng(0)
+    shape = (1, seq, heads, dim)
+    return [rng.standard_normal(shape, dtype=np.float32) for _ in range(4)]
+
+
+def jax_runner(attention: Callable, seq: int, both: bool) -> Callable[[], None]:
+    arrays = [jnp.asarray(x) for x in numpy_inputs(seq)]
+    if both:
+
+        def fn(q, k, v, dout):
+            return jax.vjp(attention, q, k, v)[1](dout)
+
+        compiled = jax.jit(fn)
+    else:
+        compiled, arrays = jax.jit(attention), arrays[:3]
+    return lambda: jax.block_until_ready(compiled(*arrays))
+
+
+def torch_runner(seq: int, both: bool) -> Callable[[], None]:
+    import torch  # pyright: ignore[reportMissingImports]
+
+    attention = torch.nn.functional.scaled_dot_product_attention
+    q, k, v, dout = (
+        torch.from_numpy(x).transpose(1, 2).contiguous() for x in numpy_inputs(seq)
+    )
+    for x in (q, k, v):
+        x.requires_grad_(both)
+
+    def run():
+        out = attention(q, k, v, is_causal=True)
+        if both:
+            torch.autograd.grad(out, (q, k, v), dout)
+
+    return run
+
+
+def ours(mechanism: str, mask: eqa.AbstractMask) -> Callable:
+    return lambda q, k, v: eqa.attend(q, k, v, mask=mask, mechanism=mechanism)
+
+
+def runners(seq: int, both: bool) -> dict[str, Callable[[], Callable[[], None]]]:
+    """Each competitor at causal attention, made when it is needed."""
+    causal = eqa.Causal()
+    jax_nn = lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True)  # noqa: E731
+    out = {
+        "blockwise": lambda: jax_runner(ours("blockwise", causal), seq, both),
+        "vanilla": lambda: jax_runner(ours("vanilla", causal), seq, both),
+        "jax.nn": lambda: jax_runner(jax_nn, seq, both),
+    }
+    if importlib.util.find_spec("torch") is not None:
+        out["torch"] = lambda: torch_runner(seq, both)
+    return out
+
+
+def in_turn(made: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
+    """Milliseconds of each, one after another, round after round."""
+    for run in made.values():
+        run()
+    times: dict[str, list[float]] = {name: [] for name in made}
+    for _ in range(repeats):
+        for name, run in made.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+def time_causal(seq: int, repeats: int) -> list[dict]:
+    rows = []
+    for which, factor in PASSES.items():
+        made = {name: make() for name, make in runners(seq, factor > 1).items()}
+        flops = 2 * seq**2 * HEADS * DIM * factor
+        for name, times in in_turn(made, repeats).items():
+            median = statistics.median(times)
+            row = {"seq": seq, "mask": "causal", "pass": which, "name": name}
+            row |= {"ms": median, "gflops": flops / median / 1e6, "all_ms": times}
+            rows.append(row)
+            print(
+                f"{seq:>6}  {which:<17} {name:<10} {median:>9.1f} ms "
+                f"{row['gflops']:>7.1f} GFLOP/s",
+                flush=True,
+            )
+    return rows
+
+
+MASKS = {
+    "causal": lambda seq: eqa.Causal(),
+    "window 256": lambda seq: eqa.Causal() & eqa.SlidingWindow(255),
+    "8 segments": lambda seq: eqa.Causal() & eqa.Segments(jnp.arange(seq) * 8 // seq),
+}
+
+
+def time_masks(seq: int, repeats: int) -> list[dict]:
+    """Blockwise alone: what is skipped is time saved."""
+    rows = []
+    for which, factor in PASSES.items():
+        made = {
+            name: jax_runner(ours("blockwise", mask(seq)), seq, factor > 1)
+            for name, mask in MASKS.items()
+        }
+        times = in_turn(made, repeats)
+        causal = statistics.median(times["causal"])
+        for name in MASKS:
+            median = statistics.median(times[name])
+            row = {"seq": seq, "mask": name, "pass": which, "name": "blockwise"}
+            rows.append(row | {"ms": median, "times_faster": causal / median})
+            print(
+                f"{seq:>6}  {which:<17} {name:<10} {median:>9.1f} ms "
+                f"{causal / median:>7.1f} x causal",
+                flush=True,
+            )
+    return rows
+
+
+def time_eager(repeats: int = 20) -> dict:
+    """The second and later calls of (1, 64, 4, 16), outside of `jit`."""
+    q, k, v, _ = (jnp.asarray(x) for x in numpy_inputs(64, 4, 16))
+    run = lambda: jax.block_until_ready(eqa.attend(q, k, v, mask=eqa.Causal()))  # noqa: E731
+    times = in_turn({"eager": run}, repeats)["eager"]
+    print(f"eager call of (1, 64, 4, 16): {times[0]:.2f} ms", flush=True)
+    return {"second_ms": times[0], "median_ms": statistics.median(times)}
+
+
+def peak_memory(seq: int) -> float:
+    """Peak resident GB of a fresh process that runs forward and backward, blockwise."""
+    code = (
+        "import resource, sys; sys.path.insert(0, sys.argv[1]); import cpu; "
+        "import eqx_attention as eqa; "
+        f"cpu.jax_runner(cpu.ours('blockwise', eqa.Causal()), {seq}, True)(); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    folder = str(pathlib.Path(__file__).parent)
+    command = [sys.executable, "-c", code, folder]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = int(out) * unit / 1e9
+    print(f"{seq:>6}  forward+backward  peak memory of a process: {peak:.2f} GB")
+    return peak
+
+
+def ratios(rows: list[dict]) -> list[dict]:
+    """How much faster blockwise is than each other, at each length and pass."""
+    found = {(r["seq"], r["pass"], r["name"]): r["ms"] for r in rows}
+    out = []
+    for (seq, which, name), ms in found.items():
+        if name == "blockwise":
+            continue
+        ratio = ms / found[seq, which, "blockwise"]
+        out.append({"seq": seq, "pass": which, "against": name, "ratio": ratio})
+        print(f"{seq:>6}  {which:<17} blockwise is {ratio:5.2f} x {name}")
+    return out
+
+
+def machine() -> dict:
+    packages = ["jax", "jaxlib", "equinox", "eqx_attention", "numpy", "torch"]
+    installed = [p for p in packages if importlib.util.find_spec(p) is not None]
+    return {
+        "date": datetime.date.today().isoformat(),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "versions": {p: importlib.metadata.version(p) for p in installed},
+    }
+
+
+def _processor() -> str:
+    info = pathlib.Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def write(results: dict, path: pathlib.Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(results, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--seq", type=int, nargs="+", default=[2048, 8192])
+    parser.add_argument("--masks-seq", type=int, default=16384)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--json", type=pathlib.Path, default=RESULTS)
+    args = parser.parse_args()
+    rows = [row for seq in args.seq for row in time_causal(seq, args.repeats)]
+    results = {
+        "machine": machine(),
+        "shape": {"batch": 1, "heads": HEADS, "dim": DIM, "dtype": "float32"},
+        "causal": rows,
+        "ratios": ratios(rows),
+        "masks": time_masks(args.masks_seq, min(args.repeats, 3)),
+        "eager": time_eager(),
+        "peak_memory_gb": {str(seq): peak_memory(seq) for seq in args.seq},
+    }
+    write(results, args.json)
+    print(f"wrote {args.json}")
+
+
+if __name__ == "__main__":
+    main()
