@@ -159,18 +159,21 @@ def time_eager(repeats: int = 20) -> dict:
 
 
 def peak_memory(seq: int) -> float:
-    """Peak resident GB of a fresh process that runs forward and backward, blockwise."""
+    """Peak resident GB of a fresh process that runs forward and backward, blockwise.
+
+    From Linux's `VmHWM`: `ru_maxrss` would count what the parent held before `exec`.
+    """
     code = (
-        "import resource, sys; sys.path.insert(0, sys.argv[1]); import cpu; "
+        "import sys; sys.path.insert(0, sys.argv[1]); import cpu; "
         "import eqx_attention as eqa; "
         f"cpu.jax_runner(cpu.ours('blockwise', eqa.Causal()), {seq}, True)(); "
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        "status = open('/proc/self/status').read(); "
+        "print(status.split('VmHWM:')[1].split()[0])"
     )
     folder = str(pathlib.Path(__file__).parent)
     command = [sys.executable, "-c", code, folder]
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = int(out) * unit / 1e9
+    peak = int(out) * 1024 / 1e9
     print(f"{seq:>6}  forward+backward  peak memory of a process: {peak:.2f} GB")
     return peak
 

@@ -15,4 +15,5 @@ from .positional import (
     SlidingWindow as SlidingWindow,
 )
 from .predicate import Predicate as Predicate
+from .span import span as span
 from .tokens import Keys as Keys, Padding as Padding, Segments as Segments

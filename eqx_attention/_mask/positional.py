@@ -41,7 +41,7 @@ class Causal(AbstractMask):
 
     _offset: _Number = axes("batch")
 
-    def __init__(self, offset: int | Int[Array, "*batch"] = 0):
+    def __init__(self, offset: int | Int[Array, "..."] = 0):
         """**Arguments:**
 
         - `offset`: how many positions after its own a query sees (negative: how many
@@ -94,8 +94,8 @@ class SlidingWindow(AbstractMask):
 
     def __init__(
         self,
-        left: int | None | Int[Array, "*batch"],
-        right: int | None | Int[Array, "*batch"] = 0,
+        left: int | None | Int[Array, "..."],
+        right: int | None | Int[Array, "..."] = 0,
     ):
         """**Arguments:**
 
@@ -148,7 +148,7 @@ class Prefix(AbstractMask):
 
     _length: _Number = axes("batch")
 
-    def __init__(self, length: int | Int[Array, "*batch"]):
+    def __init__(self, length: int | Int[Array, "..."]):
         """**Arguments:**
 
         - `length`: how many positions, from 0, are visible. A Python integer, which is
@@ -177,7 +177,7 @@ class Prefix(AbstractMask):
         )
 
 
-def PrefixLM(length: int | Int[Array, "*batch"]) -> Or:
+def PrefixLM(length: int | Int[Array, "..."]) -> Or:
     """Causal attention, except that the first `length` positions are seen by all queries.
 
     This is `Causal() | Prefix(length)`; see [`eqx_attention.Prefix`][].
@@ -211,7 +211,7 @@ class Chunked(AbstractMask):
 
     _size: _Number = axes("batch")
 
-    def __init__(self, size: int | Int[Array, "*batch"]):
+    def __init__(self, size: int | Int[Array, "..."]):
         """**Arguments:**
 
         - `size`: how many positions a chunk has. A Python integer, which is static, or an

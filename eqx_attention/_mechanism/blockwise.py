@@ -15,6 +15,7 @@ from .._axes import (
     slice_at,
     write_at,
 )
+from .._mask import AbstractMask, span
 from .base import AbstractMechanism, Blocks, Gradients, Request
 from .plan import always_masked, Grid, grid, kinds, lists, never_masked
 from .tile import heads_first, queries_by_keys, row_terms, TileOf, tokens_first
@@ -23,6 +24,7 @@ from .tile import heads_first, queries_by_keys, row_terms, TileOf, tokens_first
 # How large a tile is by default: tokens a side, and pairs in all (batch elements times
 # query heads times query tokens times key tokens). Measured: benchmarks/cpu.py.
 _TOKENS = 512
+_FEWEST_TOKENS = 128
 _PAIRS = 2**19
 
 
@@ -88,7 +90,11 @@ class Blockwise(AbstractMechanism):
     def blocks(self, request: Request) -> Blocks:
         batch, q_len, _, _ = request.query.shape
         _, kv_len, heads, _ = request.key_.shape
-        block_q, block_k = _size(self.block_q, q_len), _size(self.block_k, kv_len)
+        limit = _tokens(request.pairs.mask)
+        block_q, block_k = (
+            _size(self.block_q, q_len, limit),
+            _size(self.block_k, kv_len, limit),
+        )
         pairs = request.groups * block_q * block_k
         if request.platform != "cpu":
             return Blocks(batch, heads, block_q, block_k)
@@ -226,10 +232,16 @@ class Blockwise(AbstractMechanism):
         )
 
 
-def _size(given: int | None, length: int) -> int:
+def _tokens(mask: AbstractMask) -> int:
+    """How many tokens a block has at most: fewer where each query sees few keys."""
+    least, most = span(mask)
+    return int(min(max(_FEWEST_TOKENS, (most - least) // 2), _TOKENS))
+
+
+def _size(given: int | None, length: int, limit: int) -> int:
     if given is not None:
         return min(given, length)
-    return ceil_div(length, ceil_div(length, _TOKENS))
+    return ceil_div(length, ceil_div(length, limit))
 
 
 def _place(tiles: Grid, n, rows: int):

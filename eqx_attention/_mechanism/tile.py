@@ -4,6 +4,8 @@ Arrays of a tile have the axes (batch, head, query, key); those of queries have 
 query head, query, channel), those of keys (batch, key head, key, channel).
 """
 
+import functools as ft
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -77,13 +79,18 @@ class TileOf:
 
     def attended(self, weights: Array, value: Array) -> Array:
         """The weighted sum of values. A value that is seen and not finite gives NaN."""
-        out = weights_by_keys(self.request, weights, self.clean(value))
         if self.visible is None:
-            return out
-        bad = ~jnp.isfinite(value).all(-1)
-        bad = jnp.repeat(bad, self.request.groups, axis=1) if bad.shape[1] > 1 else bad
-        seen = jnp.any((weights > 0) & bad[:, :, None, :], axis=-1, keepdims=True)
-        return jnp.where(seen, jnp.nan, out)
+            return weights_by_keys(self.request, weights, value)
+
+        def with_holes():
+            bad = jnp.repeat(~jnp.isfinite(value).all(-1), self.request.groups, axis=1)
+            seen = jnp.any((weights > 0) & bad[:, :, None, :], axis=-1, keepdims=True)
+            out = weights_by_keys(self.request, weights, self.clean(value))
+            return jnp.where(seen, jnp.nan, out)
+
+        finite = jnp.isfinite(value).all()
+        plain = ft.partial(weights_by_keys, self.request, weights, value)
+        return lax.cond(finite, plain, with_holes)
 
     def gradient(self, q, k, v, rows: tuple[Array, Array, Array], wrt: tuple[int, ...]):
         """`(dq, dk, dv, dleaves)`. The rows are `(lse, dout, delta)`: see `row_terms`."""

@@ -11,6 +11,7 @@ from .config import RunConfig
 
 
 VOCABULARY = 256
+EMBEDDING_SCALE = 0.02
 
 # One a block; `None` where there is nothing before the tokens at hand.
 Caches = tuple[eqa.AbstractCache | None, ...]
@@ -67,7 +68,7 @@ class LanguageModel(eqx.Module):
     def __init__(self, config: RunConfig, *, key: PRNGKeyArray):
         embedding_key, *block_keys = jr.split(key, 1 + config.depth)
         shape = (VOCABULARY, config.width)
-        self.embedding = 0.02 * jr.normal(embedding_key, shape)
+        self.embedding = EMBEDDING_SCALE * jr.normal(embedding_key, shape)
         self.blocks = tuple(Block(config, key=key) for key in block_keys)
         self.norm = eqx.nn.RMSNorm(config.width, use_bias=False)
 
@@ -87,7 +88,7 @@ class LanguageModel(eqx.Module):
         """
         # One matrix reads bytes and writes them. Its entries are of a size that suits the
         # logits; what goes into the first block is of size 1.
-        x = self.embedding[tokens] / 0.02
+        x = self.embedding[tokens] / EMBEDDING_SCALE
         new_caches = []
         for block, cache in zip(self.blocks, caches or (None,) * len(self.blocks)):
             x, cache = block(x, cache)
