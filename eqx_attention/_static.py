@@ -10,6 +10,9 @@ import numpy as np
 import wadler_lindig as wl
 
 
+AnyArray = jax.Array | np.ndarray
+
+
 class Static(eqx.Module):
     """A Python value carried in a pytree without being one of its leaves."""
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from .._axes import axes
-from .._static import is_array
+from .._static import AnyArray, is_array
 from .._tokens import Bounds, Tile
 from .base import AbstractMask, Summary
 
@@ -17,7 +17,7 @@ class Dense(AbstractMask):
 
     array: Bool[Array, "*batch heads q_len kv_len"] = axes("batch #head #query #key")
 
-    def __init__(self, array: Bool[Array, "..."]):
+    def __init__(self, array: Bool[AnyArray, "..."]):
         """**Arguments:**
 
         - `array`: which pairs are visible. It broadcasts against

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from .._axes import axes
-from .._static import pdoc, Static, static_or_leaf, unwrap
+from .._static import AnyArray, pdoc, Static, static_or_leaf, unwrap
 from .._tokens import Bounds, Tile
 from .base import AbstractMask, Or, Summary
 
@@ -41,7 +41,7 @@ class Causal(AbstractMask):
 
     _offset: _Number = axes("batch")
 
-    def __init__(self, offset: int | Int[Array, "..."] = 0):
+    def __init__(self, offset: int | Int[AnyArray, "..."] = 0):
         """**Arguments:**
 
         - `offset`: how many positions after its own a query sees (negative: how many
@@ -94,8 +94,8 @@ class SlidingWindow(AbstractMask):
 
     def __init__(
         self,
-        left: int | None | Int[Array, "..."],
-        right: int | None | Int[Array, "..."] = 0,
+        left: int | None | Int[AnyArray, "..."],
+        right: int | None | Int[AnyArray, "..."] = 0,
     ):
         """**Arguments:**
 
@@ -148,7 +148,7 @@ class Prefix(AbstractMask):
 
     _length: _Number = axes("batch")
 
-    def __init__(self, length: int | Int[Array, "..."]):
+    def __init__(self, length: int | Int[AnyArray, "..."]):
         """**Arguments:**
 
         - `length`: how many positions, from 0, are visible. A Python integer, which is
@@ -211,7 +211,7 @@ class Chunked(AbstractMask):
 
     _size: _Number = axes("batch")
 
-    def __init__(self, size: int | Int[Array, "..."]):
+    def __init__(self, size: int | Int[AnyArray, "..."]):
         """**Arguments:**
 
         - `size`: how many positions a chunk has. A Python integer, which is static, or an

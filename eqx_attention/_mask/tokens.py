@@ -6,10 +6,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, Shaped
 
 from .._axes import axes
-from .._static import is_array
+from .._static import AnyArray, is_array
 from .._tokens import Bounds, Tile
 from .base import AbstractMask, Summary
 
@@ -42,8 +42,8 @@ class Segments(AbstractMask):
 
     def __init__(
         self,
-        q_ids: Int[Array, "*#batch q_len"],
-        kv_ids: Int[Array, "*#batch kv_len"] | None = None,
+        q_ids: Int[AnyArray, "*#batch q_len"],
+        kv_ids: Int[AnyArray, "*#batch kv_len"] | None = None,
     ):
         """**Arguments:**
 
@@ -59,7 +59,7 @@ class Segments(AbstractMask):
 
     @staticmethod
     def from_lengths(
-        lengths: Sequence[int] | Int[Array, "*batch segments"],
+        lengths: Sequence[int] | Int[AnyArray, "*batch segments"],
         total: int | None = None,
     ) -> "Segments":
         """The segments of documents laid one after another.
@@ -111,8 +111,8 @@ class Padding(AbstractMask):
 
     def __init__(
         self,
-        kv_lengths: Int[Array, "*#batch"],
-        q_lengths: Int[Array, "*#batch"] | None = None,
+        kv_lengths: Int[AnyArray, "*#batch"],
+        q_lengths: Int[AnyArray, "*#batch"] | None = None,
     ):
         """**Arguments:**
 
@@ -150,8 +150,8 @@ class Keys(AbstractMask):
 
     def __init__(
         self,
-        kv_valid: Bool[Array, "*#batch kv_len"] | Int[Array, "*#batch kv_len"],
-        q_valid: Bool[Array, "*#batch q_len"] | Int[Array, "*#batch q_len"] | None = None,
+        kv_valid: Shaped[AnyArray, "*#batch kv_len"],
+        q_valid: Shaped[AnyArray, "*#batch q_len"] | None = None,
     ):
         """**Arguments:**
 

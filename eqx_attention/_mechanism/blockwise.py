@@ -235,7 +235,7 @@ class Blockwise(AbstractMechanism):
 def _tokens(mask: AbstractMask) -> int:
     """How many tokens a block has at most: fewer where each query sees few keys."""
     least, most = span(mask)
-    return int(min(max(_FEWEST_TOKENS, (most - least) // 2), _TOKENS))
+    return int(min(max(_FEWEST_TOKENS, (most - least) / 2), _TOKENS))
 
 
 def _size(given: int | None, length: int, limit: int) -> int:

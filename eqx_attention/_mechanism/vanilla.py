@@ -2,6 +2,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._axes import Block
+from .._mask import Full
 from .base import AbstractMechanism, Blocks, Gradients, Request
 from .tile import heads_first, queries_by_keys, row_terms, TileOf, tokens_first
 
@@ -86,4 +87,5 @@ class Vanilla(AbstractMechanism):
 def _whole(request: Request) -> TileOf:
     batch, q_len, heads, _ = request.query.shape
     kv_len = request.key_.shape[1]
-    return TileOf(request, Block((0, 0, 0, 0), (batch, heads, q_len, kv_len)))
+    block = Block((0, 0, 0, 0), (batch, heads, q_len, kv_len))
+    return TileOf(request, block, masked=not isinstance(request.pairs.mask, Full))

@@ -2,7 +2,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._axes import axes
-from .._static import is_array
+from .._static import AnyArray, is_array
 from .._tokens import Tile
 from .base import AbstractScore
 
@@ -12,7 +12,7 @@ class Bias(AbstractScore):
 
     array: Float[Array, "*batch heads q_len kv_len"] = axes("batch #head #query #key")
 
-    def __init__(self, array: Float[Array, "..."]):
+    def __init__(self, array: Float[AnyArray, "..."]):
         """**Arguments:**
 
         - `array`: what is added. It broadcasts against `(*batch, q_heads, q_len, kv_len)`,

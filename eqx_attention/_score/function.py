@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PyTree
 
 from .._axes import axes
 from .._function import check_function, example_arguments, features, own_params
-from .._static import is_array, is_number, pdoc, Static, static_or_leaf, unwrap
+from .._static import AnyArray, is_array, is_number, pdoc, Static, static_or_leaf, unwrap
 from .._tokens import Tile
 from .base import AbstractScore
 
@@ -37,7 +37,7 @@ class SoftCap(AbstractScore):
 
     _cap: Static | Float[Array, ""] = axes("")
 
-    def __init__(self, cap: float | int | Float[Array, ""]):
+    def __init__(self, cap: float | int | Float[AnyArray, ""]):
         """**Arguments:**
 
         - `cap`: the bound, more than 0. A Python number, which is static, or a

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from .._axes import axes
-from .._static import is_array
+from .._static import AnyArray, is_array
 from .._tokens import Tile
 from .base import AbstractScore
 
@@ -34,7 +34,7 @@ class ALiBi(AbstractScore):
 
     slopes: Float[Array, " q_heads"] = axes("head")
 
-    def __init__(self, slopes: Float[Array, " q_heads"]):
+    def __init__(self, slopes: Float[AnyArray, " q_heads"]):
         """**Arguments:**
 
         - `slopes`: one slope a query head. They are differentiable.
@@ -95,7 +95,7 @@ class RelativeBias(AbstractScore):
 
     def __init__(
         self,
-        table: Float[Array, "buckets q_heads"],
+        table: Float[AnyArray, "buckets q_heads"],
         bidirectional: bool = True,
         max_distance: int = 128,
     ):
