@@ -220,7 +220,7 @@ def write(results: dict, path: pathlib.Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description="Attention on a CPU, side by side.")
     parser.add_argument("--seq", type=int, nargs="+", default=[2048, 8192])
     parser.add_argument("--masks-seq", type=int, default=16384)
     parser.add_argument("--repeats", type=int, default=7)

@@ -9,7 +9,6 @@ from beartype import beartype as typechecker
 from jaxtyping import Array, Bool, Float, Int, jaxtyped, PRNGKeyArray
 
 from ._config import AttentionConfig
-from ._dtype import accumulation_dtype
 from ._mask import AbstractMask, Full
 from ._mechanism import AbstractMechanism, attention, Vanilla
 from ._options import (
@@ -289,7 +288,7 @@ class Attention(eqx.Module):
         positions = (q_positions, kv_positions)
         call = self._call(query, key_, value, mask, score, sinks, key, inference, positions)
         request = eqx.filter_eval_shape(request_of, call)
-        lines = [self.mechanism.explain(request)]
+        lines = ["empty"] if _is_empty(call) else [self.mechanism.explain(request)]
         for reason in self.mechanism.unsupported(request):
             lines.append(f"  refused: {reason}")
         lines.append("mechanisms:")
@@ -367,21 +366,29 @@ def _call(
 @eqx.filter_jit
 def _run(mechanism: AbstractMechanism, call: Call) -> tuple[Array, Array]:
     shape = (*call.query.shape[:-1], call.value.shape[-1])
-    if 0 in (*call.query.shape[:-1], call.key_.shape[-3], call.value.shape[-1]):
-        dtype = accumulation_dtype(call.dtype or call.query.dtype)
-        out, lse = jnp.zeros(shape, dtype), jnp.full(shape[:-1], -jnp.inf, dtype)
+    request = request_of(call)
+    check_supported(mechanism, request)
+    if _is_empty(call):
+        out = jnp.zeros(shape, request.dtype)
+        lse = jnp.full(shape[:-1], -jnp.inf, request.dtype)
     else:
-        request = request_of(call)
-        check_supported(mechanism, request)
         out, lse = attention(mechanism, request)
         out, lse = out.reshape(shape), lse.reshape(shape[:-1])
     out, lse = with_sinks(out, lse, call.sinks)
     return out.astype(call.query.dtype), lse
 
 
+def _is_empty(call: Call) -> bool:
+    """Whether there is nothing to attend with, or nothing to attend to."""
+    return 0 in (*call.query.shape[:-1], call.key_.shape[-3])
+
+
 @eqx.filter_jit
 def _weights(call: Call) -> Array:
     request = request_of(call)
+    if _is_empty(call):
+        batch, heads = call.query.shape[:-3], call.query.shape[-2]
+        return jnp.zeros((*batch, heads, *request.lengths), request.dtype)
     weights = Vanilla().weights(request)
     if call.sinks is not None:
         _, lse = Vanilla().forward(request)

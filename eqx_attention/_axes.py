@@ -53,7 +53,8 @@ def declared(tree: Any, path: str) -> Iterator[tuple[str, str | None]]:
             if field.metadata.get("static", False):
                 continue
             value = getattr(tree, field.name)
-            where = f"{path}.{field.name.removeprefix('_')}"
+            name = field.name.removeprefix("_")
+            where = f"{path}.{name}" if path else name
             if "axes" in field.metadata:
                 for _ in jax.tree.leaves(value):
                     yield where, field.metadata["axes"]
@@ -142,6 +143,7 @@ def _canonical(x: jax.Array, spec: str, sizes: Sizes, where: str) -> jax.Array:
 def _raise(x: jax.Array, spec: str, sizes: Sizes, where: str):
     expected = spec.replace("batch", "*#batch").replace("head", "q_heads")
     expected = expected.replace("query", "q_len").replace("key", "kv_len")
+    expected = expected.replace("rest", "any")
     raise ShapeError(
         f"{where}: expected an array of shape {expected!r}, where batch={sizes.batch}, "
         f"q_heads={sizes.head}, q_len={sizes.query}, kv_len={sizes.key}; got shape "

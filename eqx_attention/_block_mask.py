@@ -8,22 +8,22 @@ from jaxtyping import Array, Bool, Int, jaxtyped
 
 from ._axes import Block, canonical, ceil_div, cut, over_batch, own_sizes, prod, Sizes
 from ._mask import AbstractMask, BlockMask
-from ._options import check_positions
-from ._static import is_array
+from ._options import as_mask, check_positions
+from ._static import AnyArray, is_array
 from ._tokens import Tile, tile, Tokens
 
 
 @jaxtyped(typechecker=typechecker)
 def block_mask(
-    mask: AbstractMask,
+    mask: AbstractMask | Bool[AnyArray, "..."],
     q_len: int,
     kv_len: int,
     *,
     num_heads: int | None = None,
     block_q: int = 128,
     block_k: int = 128,
-    q_positions: str | Int[Array, " q_len"] = "start",
-    kv_positions: Int[Array, " kv_len"] | None = None,
+    q_positions: str | Int[AnyArray, " q_len"] = "start",
+    kv_positions: Int[AnyArray, " kv_len"] | None = None,
 ) -> BlockMask:
     """Evaluates a mask once, and exactly, so that each use of it can skip tiles.
 
@@ -35,7 +35,7 @@ def block_mask(
 
     **Arguments:**
 
-    - `mask`: any mask.
+    - `mask`: any mask, or a boolean array.
     - `q_len`, `kv_len`: the lengths of the calls in which it will be used.
     - `num_heads`: the number of query heads. Needed only if a function in the mask looks at
         the head.
@@ -51,6 +51,10 @@ def block_mask(
     **Raises:** `TypeError` if the mask does not fit the lengths; `ValueError` if
         `num_heads` is needed.
     """
+    for name, size in (("block_q", block_q), ("block_k", block_k)):
+        if size < 1:
+            raise ValueError(f"{name}: expected at least 1, got {size}.")
+    mask = as_mask(mask)
     bound = Bound(mask, q_len, kv_len, num_heads, q_positions, kv_positions)
     sizes = bound.sizes
     block_q, block_k = min(block_q, q_len), min(block_k, kv_len)
@@ -91,8 +95,8 @@ class Bound:
         q_len: int,
         kv_len: int,
         num_heads: int | None,
-        q_positions: str | Array = "start",
-        kv_positions: Array | None = None,
+        q_positions: str | AnyArray = "start",
+        kv_positions: AnyArray | None = None,
     ):
         for name, size in (("q_len", q_len), ("kv_len", kv_len)):
             if size < 1:
@@ -105,11 +109,13 @@ class Bound:
         heads = heads if num_heads is None else num_heads
         check_positions(q_positions, "q_positions", ("start", "end"))
         check_positions(kv_positions, "kv_positions", (None,))
-        self.kv_position = _index(kv_len) if kv_positions is None else kv_positions
+        self.kv_position = (
+            _index(kv_len) if kv_positions is None else jnp.asarray(kv_positions)
+        )
         if isinstance(q_positions, str):
             last = q_len - 1 if q_positions == "start" else self.kv_position[-1]
             q_positions = last + 1 - q_len + _index(q_len)
-        self.q_position = q_positions
+        self.q_position = jnp.asarray(q_positions)
         self.sizes = Sizes(batch, heads, q_len, kv_len)
         self._mask = canonical(mask, self.sizes, "mask")
         if num_heads is None and self._looks_at_heads():

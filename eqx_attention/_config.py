@@ -45,7 +45,7 @@ class AttentionConfig(eqx.Module):
         mask: Any = Full(),
         score: Any = (),
         scale: Any = None,
-        dropout: float = 0.0,
+        dropout: float | int = 0.0,
         precision: Any = None,
         dtype: Any = None,
         sharding: Any = None,

@@ -1,7 +1,7 @@
 """Functions given by users: evaluated elementwise, and with no hidden arrays."""
 
 import functools as ft
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -22,12 +22,14 @@ def check_function(
     """
     if not callable(fn):
         raise TypeError(f"{where}(fn): expected a function, got {type(fn).__name__}.")
-    bound = (fn.args, fn.keywords) if isinstance(fn, ft.partial) else ()
-    if any(map(is_array, jax.tree.leaves(bound))):
+    owners = (fn.args, fn.keywords) if isinstance(fn, ft.partial) else ()
+    owners = (owners, fn, getattr(fn, "__self__", None))
+    if any(map(is_array, jax.tree.leaves(owners))):
         _raise_captured(where)
-    jaxpr, out = jax.make_jaxpr(fn, return_shape=True)(*arguments)
-    literals = [v.val for eqn in jaxpr.jaxpr.eqns for v in eqn.invars if hasattr(v, "val")]
-    if jaxpr.consts or any(np.ndim(x) > 0 for x in literals if is_array(x)):
+    jaxpr, out = jax.make_jaxpr(lambda *xs: _as_arrays(fn(*xs)), return_shape=True)(
+        *arguments
+    )
+    if any(_constants(jaxpr)):
         _raise_captured(where)
     shape = getattr(out, "shape", None)
     if shape is None or not jnp.issubdtype(out.dtype, dtype):
@@ -44,6 +46,23 @@ def check_function(
             f"{where}(fn): expected an elementwise function: on a tile of shape "
             f"(2, 3, 5) it gave shape {shape}."
         )
+
+
+def _as_arrays(out: Any) -> Any:
+    """Python's own scalars are fine results, of a function that looks at nothing."""
+    return jnp.asarray(out) if isinstance(out, bool | int | float) else out
+
+
+def _constants(jaxpr: Any) -> Iterator[bool]:
+    """Whether there are arrays, other than literals of no axis, in a jaxpr or its parts."""
+    yield bool(getattr(jaxpr, "consts", ()))
+    inner = getattr(jaxpr, "jaxpr", jaxpr)
+    for eqn in inner.eqns:
+        values = [v.val for v in eqn.invars if hasattr(v, "val")]
+        yield any(is_array(x) and np.ndim(x) > 0 for x in values)
+        for part in jax.tree.leaves(list(eqn.params.values())):
+            if hasattr(part, "eqns") or hasattr(part, "jaxpr"):
+                yield from _constants(part)
 
 
 def _raise_captured(where: str):

@@ -93,8 +93,9 @@ def as_scale(scale: Any) -> Any:
 def as_dropout(rate: Any) -> float:
     if not is_number(rate):
         raise TypeError(f"dropout: expected a number, got {type(rate).__name__}.")
+    rate = float(rate)
     check_rate(rate)
-    return float(rate)
+    return rate
 
 
 def as_precision(precision: Any) -> str | None:
@@ -103,7 +104,7 @@ def as_precision(precision: Any) -> str | None:
         return None
     try:
         return str(lax.Precision(precision)).lower()
-    except ValueError:
+    except (TypeError, ValueError):
         names = ", ".join(repr(str(p).lower()) for p in lax.Precision)
         raise ValueError(
             f"precision: expected None or one of {names}, got {precision!r}."
@@ -113,7 +114,10 @@ def as_precision(precision: Any) -> str | None:
 def as_dtype(dtype: Any):
     if dtype is None:
         return None
-    dtype = jnp.dtype(dtype)
+    try:
+        dtype = jnp.dtype(dtype)
+    except TypeError:
+        raise TypeError(f"dtype: expected a floating-point dtype, got {dtype!r}.") from None
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"dtype: expected a floating-point dtype, got {dtype}.")
     return dtype
@@ -157,6 +161,10 @@ def check_positions(positions: Any, name: str, words: tuple) -> None:
     if not is_array(positions) or not jnp.issubdtype(positions.dtype, jnp.integer):
         got = getattr(positions, "dtype", type(positions).__name__)
         raise TypeError(f"{name}: expected an integer array, got {got}.")
+    if positions.ndim == 0 or positions.shape[-1] == 0:
+        raise ShapeError(
+            f"{name}: expected one position for each token, got shape {positions.shape}."
+        )
 
 
 def platform_of(*arrays: Any) -> str:

@@ -8,6 +8,7 @@ from jax import lax
 from jaxtyping import Array, Float, jaxtyped
 
 from ._dtype import accumulation_dtype
+from ._errors import ShapeError
 
 
 @jaxtyped(typechecker=typechecker)
@@ -53,6 +54,11 @@ def merge(
     """
     if not partials:
         raise ValueError("merge(partials): expected at least one partial, got none.")
+    shapes = {(out.shape, lse.shape) for out, lse in partials}
+    if len(shapes) > 1:
+        raise ShapeError(
+            f"merge(partials): expected partials of one shape, got {sorted(shapes)}."
+        )
     dtype = accumulation_dtype(partials[0][1].dtype)
     lses = jnp.stack([lse.astype(dtype) for _, lse in partials])
     top = lax.stop_gradient(lses.max(axis=0))

@@ -63,9 +63,9 @@ def request_of(call: Call) -> Request:
         query, key_, value = (x.astype(call.dtype) for x in (query, key_, value))
     scale = call.scale
     if scale is None:
-        scale = Static(query.shape[-1] ** -0.5)
+        scale = Static(max(query.shape[-1], 1) ** -0.5)
     elif isinstance(scale, Array):
-        scale = canonical(_Scale(scale), sizes, "call").scale
+        scale = canonical(_Scale(scale), sizes, "").scale
     drop = None
     if call.key is not None:
         shape = (sizes.batch, sizes.head, sizes.query, sizes.key)
@@ -94,7 +94,7 @@ def _tokens(call: Call, sizes: Sizes) -> tuple[Tokens, Tokens]:
             shift = sizes.key - sizes.query if q_positions == "end" else 0
             q_positions = None
     positions = _Positions(_int32(q_positions), _int32(kv_positions))
-    positions = canonical(positions, sizes, "call")
+    positions = canonical(positions, sizes, "")
     return (
         Tokens(positions.q_positions, sizes.query, shift),
         Tokens(positions.kv_positions, sizes.key, 0),

@@ -2,10 +2,11 @@ from typing import Any
 
 import numpy as np
 from beartype import beartype as typechecker
-from jaxtyping import Array, Int, jaxtyped
+from jaxtyping import Int, jaxtyped
 
 from ._block_mask import Bound
 from ._options import as_mask
+from ._static import AnyArray
 
 
 @jaxtyped(typechecker=typechecker)
@@ -17,8 +18,8 @@ def visualise(
     num_heads: int | None = None,
     batch: int = 0,
     head: int = 0,
-    q_positions: str | Int[Array, " q_len"] = "start",
-    kv_positions: Int[Array, " kv_len"] | None = None,
+    q_positions: str | Int[AnyArray, " q_len"] = "start",
+    kv_positions: Int[AnyArray, " kv_len"] | None = None,
     width: int = 64,
     ax: Any = None,
 ) -> Any:

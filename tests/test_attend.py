@@ -41,7 +41,7 @@ WRONG_SHAPES_AND_DTYPES = {
     "scale": lambda: eqa.attend(Q, K, V, scale=jnp.ones(3)),
     "left": lambda: eqa.SlidingWindow(1.5),
     "q_ids": lambda: eqa.Segments(jnp.zeros(3)),
-    "array of": lambda: eqa.Bias(jnp.ones((5, 7), jnp.int32)),
+    "Bias": lambda: eqa.Bias(jnp.ones((5, 7), jnp.int32)),
 }
 
 WRONG_VALUES = {
@@ -134,7 +134,7 @@ def test_functions_that_capture_arrays():
     with pytest.raises(ValueError, match="captures arrays"):
         jax.jit(_captured_tracer)(jnp.arange(3)[0])
     with pytest.raises(ValueError, match="captures arrays"):
-        eqa.ScoreFn(lambda logit, *_: logit * jnp.arange(5.0)[None, None])
+        eqa.Predicate(jax.jit(lambda q, k, *_: jnp.asarray(table)[q] > k))
     limit = 3
     eqa.Predicate(lambda q, k, *_: q - k < limit)
 
@@ -289,7 +289,9 @@ def test_inference_defers_to_the_field():
 def test_weights():
     weights = eqa.attention_weights(Q, K, mask=eqa.Causal(), sinks=jnp.zeros(4))
     assert weights.shape == (2, 4, 5, 7)
-    assert ((weights > 0) == (jnp.arange(5)[:, None] >= jnp.arange(7)[None])).all()
+    assert (
+        (weights > 0) == (jnp.arange(5)[:, None] >= jnp.arange(7)[None])[None, None]
+    ).all()
     assert (weights.sum(-1) < 1).all()
     out = jnp.einsum("bhqk,bkhd->bqhd", weights, jnp.repeat(V, 2, axis=2))
     expected = eqa.attend(Q, K, V, mask=eqa.Causal(), sinks=jnp.zeros(4))

@@ -411,6 +411,10 @@ class MultiheadAttention(eqx.Module):
             q_positions = cache.length + jnp.arange(q_seq, dtype=cache.length.dtype)
             kv_positions = cache.length + jnp.arange(kv_seq, dtype=cache.length.dtype)
         if self.rotary is not None:
+            if isinstance(q_positions, str) and q_positions == "end":
+                if kv_positions is not None:
+                    back = jnp.arange(1 - q_seq, 1, dtype=kv_positions.dtype)
+                    q_positions = kv_positions[-1:] + back
             query_heads = self.rotary(query_heads, _positions(q_positions, q_seq, kv_seq))
             key_heads = self.rotary(key_heads, _positions(kv_positions, kv_seq, kv_seq))
         valid = None

@@ -55,8 +55,8 @@ class BlockMask(AbstractMask):
     kv_position: Int[Array, "*batch kv_len"] = axes("batch key")
     # How many blocks before each block, in both directions, have a pair that is visible
     # (that is not): any rectangle's count is the difference of four entries.
-    num_some: Int[Array, "*batch heads q_sums kv_sums"] = axes("batch #head rest rest")
-    num_not_every: Int[Array, "*batch heads q_sums kv_sums"] = axes("batch #head rest rest")
+    num_some: Int[Array, "..."] = axes("batch #head rest rest")
+    num_not_every: Int[Array, "..."] = axes("batch #head rest rest")
     block_q: int = eqx.field(static=True)
     block_k: int = eqx.field(static=True)
 

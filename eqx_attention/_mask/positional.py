@@ -26,6 +26,8 @@ def _integer(where: str, x, least: int | None = None, optional: bool = False):
             raise TypeError(f"{where}: expected an integer{also}, got {value!r}.")
         if least is not None and value < least:
             raise ValueError(f"{where}: expected at least {least}, got {value}.")
+        if not -(2**31) < value < 2**31:
+            raise ValueError(f"{where}: expected a 32-bit integer, got {value}.")
         return x
     if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.integer):
         got = getattr(x, "dtype", type(x).__name__)
@@ -60,13 +62,13 @@ class Causal(AbstractMask):
     __pdoc__ = pdoc
 
     def visible(self, tile: Tile) -> Bool[Array, "#head #query #key"]:
-        return tile.kv_position <= tile.q_position + self.offset
+        return tile.kv_position - tile.q_position <= self.offset
 
     def summary(self, upper: Any, bounds: Bounds) -> Summary:
         low, high = bounds
         return Summary(
-            low.kv_position <= high.q_position + upper.offset,
-            high.kv_position <= low.q_position + self.offset,
+            low.kv_position - high.q_position <= upper.offset,
+            high.kv_position - low.q_position <= self.offset,
         )
 
 

@@ -81,13 +81,15 @@ class Predicate(AbstractMask):
     __pdoc__ = pdoc
 
     def visible(self, tile: Tile) -> Bool[Array, "#head #query #key"]:
-        visible = self.fn(
-            tile.q_position,
-            tile.kv_position,
-            tile.head,
-            self.q_features,
-            self.kv_features,
-            own_params(self.params),
+        visible = jnp.asarray(
+            self.fn(
+                tile.q_position,
+                tile.kv_position,
+                tile.head,
+                self.q_features,
+                self.kv_features,
+                own_params(self.params),
+            )
         )
         return jnp.broadcast_to(visible, jnp.broadcast_shapes(visible.shape, (1, 1, 1)))
 

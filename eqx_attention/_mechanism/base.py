@@ -2,6 +2,7 @@ from abc import abstractmethod
 from typing import NamedTuple
 
 import equinox as eqx
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._axes import axes
@@ -11,6 +12,7 @@ from .._mask import AbstractMask
 from .._score import AbstractScore
 from .._static import Static
 from .._tokens import Tokens
+from .varying import vary, varying_axes
 
 
 class Pairs(eqx.Module):
@@ -54,6 +56,15 @@ class Request(eqx.Module):
         CPUs have no products of 16-bit floats that are faster than those of float32.
         """
         return self.dtype if self.platform == "cpu" else self.query.dtype
+
+    def full(self, shape: tuple[int, ...], value: float = 0) -> Array:
+        """An array in the dtype of accumulation, to start a loop with."""
+        return vary(jnp.full(shape, value, self.dtype), varying_axes(self.query))
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """`(q_len, kv_len)`."""
+        return self.query.shape[1], self.key_.shape[1]
 
     @property
     def groups(self) -> int:

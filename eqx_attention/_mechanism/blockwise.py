@@ -140,9 +140,9 @@ class Blockwise(AbstractMechanism):
 
             shape = q_tile.shape[:3]
             state = (
-                jnp.zeros((*shape, v.shape[-1]), request.dtype),
-                jnp.full(shape, -jnp.inf, request.dtype),
-                jnp.zeros(shape, request.dtype),
+                request.full((*shape, v.shape[-1])),
+                request.full(shape, -jnp.inf),
+                request.full(shape),
             )
             out, top, total = _loop(tile, full, some, state, request, tiles, overlaps)
             lse = jnp.where(total == 0, -jnp.inf, top + jnp.log(total))
@@ -155,8 +155,8 @@ class Blockwise(AbstractMechanism):
 
         batch, q_len, heads, _ = request.query.shape
         empty = (
-            jnp.zeros((batch, q_len, heads, v.shape[-1]), request.dtype),
-            jnp.zeros((batch, q_len, heads), request.dtype),
+            request.full((batch, q_len, heads, v.shape[-1])),
+            request.full((batch, q_len, heads)),
         )
         rows = tiles.counts.batch * tiles.counts.heads * tiles.counts.query
         (out, lse), _ = lax.scan(row, empty, jnp.arange(rows, dtype=jnp.int32))
@@ -203,7 +203,7 @@ class Blockwise(AbstractMechanism):
                     dleaves,
                 )
 
-            zeros = (jnp.zeros(x.shape, request.dtype) for x in (k_tile, v_tile))
+            zeros = (request.full(x.shape) for x in (k_tile, v_tile))
             state = (dq, *zeros, dleaves)
             dq, dk_tile, dv_tile, dleaves = _loop(
                 tile, full, some, state, request, tiles, overlaps
@@ -214,7 +214,7 @@ class Blockwise(AbstractMechanism):
 
         leaves = jax.tree.leaves(request.pairs)
         dq, dk, dv, *dleaves = (
-            jnp.zeros(x.shape, request.dtype) for x in (q, k, v, *(leaves[n] for n in wrt))
+            request.full(x.shape) for x in (q, k, v, *(leaves[n] for n in wrt))
         )
         zeros = (dq, dk, dv, tuple(dleaves))
         rows = tiles.counts.batch * tiles.counts.heads * tiles.counts.key

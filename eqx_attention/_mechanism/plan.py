@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Int
 
 from .._axes import blocks as reduce_blocks, ceil_div, over_batch
@@ -74,6 +75,8 @@ def kinds(request: Request, grid: Grid, overlaps: tuple[bool, bool]) -> Kinds:
         def leaf(x):
             if not is_array(x):
                 return x
+            # Else XLA spends minutes on folding the reduction of a large constant.
+            x = lax.optimization_barrier(x)
             return reduce_blocks(reduce_blocks(x, 2, sizes.query, op), 3, sizes.key, op)
 
         return jax.tree.map(leaf, pairs.mask)

@@ -18,14 +18,17 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.core import ShapedArray
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxtyping import Array
 
 from .base import AbstractMechanism, Gradients, Request
 from .tangent import tangent, transpose
+from .varying import vary, varying_axes
 
 
 def attention(mechanism: AbstractMechanism, request: Request) -> tuple[Array, Array]:
     """`mechanism.forward(request)`, with all derivatives and batching."""
+    request = vary(request, varying_axes(request))
     return eqxi.filter_primitive_bind(_forward_p, mechanism, request)
 
 
@@ -36,7 +39,16 @@ def _forward(mechanism: AbstractMechanism, request: Request):
 def _forward_shape(mechanism: AbstractMechanism, request: Request):
     batch, q_len, heads, _ = request.query.shape
     out = (batch, q_len, heads, request.value.shape[-1])
-    return ShapedArray(out, request.dtype), ShapedArray(out[:-1], request.dtype)
+    return _like(request, out), _like(request, out[:-1])
+
+
+def _like(request: Request, shape: tuple[int, ...]) -> ShapedArray:
+    like: Any = request.query
+    if like.manual_axis_type.empty:
+        return ShapedArray(shape, request.dtype)
+    sharding = NamedSharding(like.sharding.mesh, P(*(None for _ in shape)))
+    mat = {"manual_axis_type": like.manual_axis_type}
+    return ShapedArray(shape, request.dtype, sharding=sharding, **mat)
 
 
 def _forward_jvp(primals, tangents):
@@ -90,7 +102,7 @@ def _backward(mechanism, request, out, lse, dout, dlse, wrt) -> Gradients:
 def _backward_shape(mechanism, request, out, lse, dout, dlse, wrt):
     leaves = jax.tree.leaves(request.pairs)
     like = (request.query, request.key_, request.value, *(leaves[n] for n in wrt))
-    dq, dk, dv, *dleaves = (ShapedArray(x.shape, request.dtype) for x in like)
+    dq, dk, dv, *dleaves = (_like(request, x.shape) for x in like)
     return dq, dk, dv, tuple(dleaves)
 
 
@@ -127,7 +139,8 @@ def _leaf_tangents(pairs, tpairs) -> dict[int, Array]:
 
 
 def _or_zeros(x, tangent):
-    return jnp.zeros(x.shape, x.dtype) if tangent is None else tangent
+    zeros = jnp.zeros(x.shape, x.dtype)
+    return vary(zeros, varying_axes(x)) if tangent is None else tangent
 
 
 def _folder(args: tuple, axes: tuple):

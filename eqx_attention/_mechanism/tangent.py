@@ -19,6 +19,7 @@ from .._axes import Block, cut
 from .base import AbstractMechanism, Gradients, Request
 from .plan import Grid, grid, kinds
 from .tile import heads_first, TileOf
+from .varying import vary, varying_axes
 
 
 Tangents = tuple[Array, Array, Array]
@@ -70,8 +71,7 @@ def tangent(
                 return lax.cond(eqxi.unvmap_any(some), compute, lambda s: s, state), None
 
             shape = q.shape[:3]
-            zeros = jnp.zeros((*shape, v.shape[-1]), request.dtype)
-            state = (zeros, jnp.zeros(shape, request.dtype))
+            state = (request.full((*shape, v.shape[-1])), request.full(shape))
             xs = (jnp.arange(counts.key, dtype=jnp.int32), some, kv_side)
             return None, lax.scan(tile, state, xs)[0]
 
@@ -105,12 +105,8 @@ def transpose(
     def linear(tangents, tleaves):
         return tangent(mechanism, request, out, lse, tangents, tleaves, wrt)
 
-    like = (request.query, request.key_, request.value)
-    arguments = jax.eval_shape(
-        lambda: jax.tree.map(
-            lambda x: x.astype(request.dtype), (like, tuple(leaves[n] for n in wrt))
-        )
-    )
+    like = ((request.query, request.key_, request.value), tuple(leaves[n] for n in wrt))
+    arguments = jax.tree.map(lambda x: x.astype(request.dtype), like)
     dqkv, dleaves = jax.linear_transpose(linear, *arguments)((dout, dlse))
     return (*dqkv, dleaves)
 
@@ -135,4 +131,5 @@ def _join(x: Array, tiles: Grid) -> Array:
     if not tiles.ragged(0):
         return x.reshape(*x.shape[:2], -1, x.shape[-1])
     zeros = jnp.zeros((*x.shape[:2], tiles.lengths[0], x.shape[-1]), x.dtype)
+    zeros = vary(zeros, varying_axes(x))
     return zeros.at[:, :, tiles.indices(0)].add(x)

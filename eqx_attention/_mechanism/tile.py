@@ -72,37 +72,45 @@ class TileOf:
             return weights
         return jnp.where(dropout.keep(), weights / (1 - dropout.rate), 0)
 
+    @property
+    def hides(self) -> bool:
+        """Whether the mask, or a score that gives -inf, may hide a pair of this tile."""
+        return self.visible is not None or bool(self.pairs.score)
+
     def clean(self, x: Array) -> Array:
         """Keys and values for the products with weights: weights of 0 must give 0, also
         where a token that is not seen holds a NaN."""
-        return x if self.visible is None else jnp.where(jnp.isfinite(x), x, 0)
+        return jnp.where(jnp.isfinite(x), x, 0) if self.hides else x
 
     def attended(self, weights: Array, value: Array) -> Array:
-        """The weighted sum of values. A value that is seen and not finite gives NaN."""
-        if self.visible is None:
-            return weights_by_keys(self.request, weights, value)
+        """The weighted sum of values, of those that are seen: 0 times NaN is 0."""
+        product = ft.partial(weights_by_keys, self.request)
+        if not self.hides:
+            return product(weights, value)
 
         def with_holes():
-            bad = jnp.repeat(~jnp.isfinite(value).all(-1), self.request.groups, axis=1)
-            seen = jnp.any((weights > 0) & bad[:, :, None, :], axis=-1, keepdims=True)
-            out = weights_by_keys(self.request, weights, self.clean(value))
-            return jnp.where(seen, jnp.nan, out)
+            seen = (weights > 0).astype(weights.dtype)
+            has = lambda x: product(seen, x.astype(weights.dtype)) > 0  # noqa: E731
+            more, less = has(jnp.isposinf(value)), has(jnp.isneginf(value))
+            out = product(weights, self.clean(value))
+            out = jnp.where(more, jnp.inf, jnp.where(less, -jnp.inf, out))
+            return jnp.where((more & less) | has(jnp.isnan(value)), jnp.nan, out)
 
-        finite = jnp.isfinite(value).all()
-        plain = ft.partial(weights_by_keys, self.request, weights, value)
-        return lax.cond(finite, plain, with_holes)
+        plain = ft.partial(product, weights, value)
+        return lax.cond(jnp.isfinite(value).all(), plain, with_holes)
 
     def gradient(self, q, k, v, rows: tuple[Array, Array, Array], wrt: tuple[int, ...]):
         """`(dq, dk, dv, dleaves)`. The rows are `(lse, dout, delta)`: see `row_terms`."""
         request, (lse, dout, delta) = self.request, rows
+        k, v = self.clean(k), self.clean(v)
         qk = queries_by_keys(request, q, k)
         leaves = tuple(self.leaves[n] for n in wrt)
         logits, pull = jax.vjp(lambda qk, xs: self.logits(qk, wrt, xs), qk, leaves)
         weights = jnp.exp(logits - lse[..., None])
-        dweights = self.drop(queries_by_keys(request, dout, self.clean(v)))
+        dweights = self.drop(queries_by_keys(request, dout, v))
         dlogits = weights * (dweights - delta[..., None])
         dqk, dleaves = pull(dlogits)
-        dq = weights_by_keys(request, dqk, self.clean(k))
+        dq = weights_by_keys(request, dqk, k)
         dk = weights_by_queries(request, dqk, q)
         dv = weights_by_queries(request, self.drop(weights), dout)
         return dq, dk, dv, dleaves

@@ -72,6 +72,9 @@ def _check_cap(cap):
             raise TypeError(f"SoftCap(cap): expected a number, got {cap.value!r}.")
         if not 0 < cap.value < float("inf"):
             raise ValueError(f"SoftCap(cap): expected a number > 0, got {cap.value}.")
+    elif not is_array(cap):
+        got = type(cap).__name__
+        raise TypeError(f"SoftCap(cap): expected a number or an array, got {got}.")
     elif cap.ndim != 0 or not jnp.issubdtype(cap.dtype, jnp.floating):
         raise TypeError(
             f"SoftCap(cap): expected a floating-point array of no axis, got {cap.dtype} "
@@ -134,4 +137,4 @@ class ScoreFn(AbstractScore):
             self.kv_features,
             own_params(self.params),
         )
-        return jnp.broadcast_to(out.astype(logit.dtype), logit.shape)
+        return jnp.broadcast_to(jnp.asarray(out, logit.dtype), logit.shape)
