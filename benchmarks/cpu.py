@@ -9,6 +9,7 @@ times 3.5 for forward and backward.
 """
 
 import argparse
+import collections
 import datetime
 import importlib.metadata
 import importlib.util
@@ -118,6 +119,51 @@ def time_causal(seq: int, repeats: int) -> list[dict]:
                 flush=True,
             )
     return rows
+
+
+_COUNT = collections.Counter()
+
+
+def _counting(logit, *_):
+    jax.debug.callback(lambda: _COUNT.update(tiles=1))
+    return logit
+
+
+def executed_tiles(seq: int) -> dict[str, int]:
+    """How many tiles of 512 by 512 tokens and one head the forward pass computes, counted
+    as they run, of `(seq / 512) ** 2`."""
+    mechanism, count = eqa.Blockwise(512, 512), {}
+    index = jnp.arange(seq, dtype=jnp.int32)
+    x = jnp.zeros((seq, 1, 8))
+
+    def attend(mask, positions=None):
+        return eqa.attend(
+            x,
+            x,
+            x,
+            mask=mask,
+            score=eqa.ScoreFn(_counting),
+            mechanism=mechanism,
+            q_positions="start" if positions is None else positions,
+            kv_positions=positions,
+        )
+
+    def examples(ids):
+        return jax.vmap(lambda ids: attend(eqa.Causal() & eqa.Segments(ids)))(ids)
+
+    ids = jnp.stack([index * n // seq for n in (2, 8, 32)])
+    cases = {name: (lambda mask=mask: attend(mask(seq))) for name, mask in MASKS.items()}
+    cases["2, 8 and 32 segments, mapped over"] = lambda: jax.jit(examples)(ids)
+    cases["window 256, traced positions"] = lambda: jax.jit(
+        lambda p: attend(MASKS["window 256"](seq), p)
+    )(index + 7)
+    for name, run in cases.items():
+        _COUNT.clear()
+        jax.block_until_ready(run())
+        jax.effects_barrier()
+        count[name] = _COUNT["tiles"]
+        print(f"{seq:>6}  {name:<34} {count[name]:>6} of {(seq // 512) ** 2} tiles")
+    return count
 
 
 MASKS = {
@@ -233,6 +279,7 @@ def main() -> None:
         "causal": rows,
         "ratios": ratios(rows),
         "masks": time_masks(args.masks_seq, min(args.repeats, 3)),
+        "executed_tiles": executed_tiles(args.masks_seq),
         "eager": time_eager(),
         "peak_memory_gb": {str(seq): peak_memory(seq) for seq in args.seq},
     }
