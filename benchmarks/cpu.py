@@ -11,6 +11,7 @@ times 3.5 for forward and backward.
 import argparse
 import collections
 import datetime
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -152,7 +153,9 @@ def executed_tiles(seq: int) -> dict[str, int]:
         return jax.vmap(lambda ids: attend(eqa.Causal() & eqa.Segments(ids)))(ids)
 
     ids = jnp.stack([index * n // seq for n in (2, 8, 32)])
-    cases = {name: (lambda mask=mask: attend(mask(seq))) for name, mask in MASKS.items()}
+    cases: dict[str, Callable[[], jax.Array]] = {
+        name: functools.partial(attend, mask(seq)) for name, mask in MASKS.items()
+    }
     cases["2, 8 and 32 segments, mapped over"] = lambda: jax.jit(examples)(ids)
     cases["window 256, traced positions"] = lambda: jax.jit(
         lambda p: attend(MASKS["window 256"](seq), p)
