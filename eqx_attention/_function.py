@@ -20,17 +20,7 @@ def check_function(
     **Raises:** `TypeError` if it is no function, or returns another dtype or a shape that
     does not broadcast to the tile; `ValueError` if it captures arrays.
     """
-    if not callable(fn):
-        raise TypeError(f"{where}(fn): expected a function, got {type(fn).__name__}.")
-    owners = (fn.args, fn.keywords) if isinstance(fn, ft.partial) else ()
-    owners = (owners, fn, getattr(fn, "__self__", None))
-    if any(map(is_array, jax.tree.leaves(owners))):
-        _raise_captured(where)
-    jaxpr, out = jax.make_jaxpr(lambda *xs: _as_arrays(fn(*xs)), return_shape=True)(
-        *arguments
-    )
-    if any(_constants(jaxpr)):
-        _raise_captured(where)
+    out = trace(f"{where}(fn)", fn, arguments)
     shape = getattr(out, "shape", None)
     if shape is None or not jnp.issubdtype(out.dtype, dtype):
         got = getattr(out, "dtype", type(out).__name__)
@@ -48,9 +38,27 @@ def check_function(
         )
 
 
+def trace(where: str, fn: Callable, arguments: tuple[Any, ...]) -> Any:
+    """What a user's function returns, as shapes and dtypes.
+
+    **Raises:** `TypeError` if it is no function; `ValueError` if it captures arrays.
+    """
+    if not callable(fn):
+        raise TypeError(f"{where}: expected a function, got {type(fn).__name__}.")
+    owners = (fn.args, fn.keywords) if isinstance(fn, ft.partial) else ()
+    owners = (owners, fn, getattr(fn, "__self__", None))
+    if any(map(is_array, jax.tree.leaves(owners))):
+        _raise_captured(where)
+    traced = jax.make_jaxpr(lambda *xs: _as_arrays(fn(*xs)), return_shape=True)
+    jaxpr, out = traced(*arguments)
+    if any(_constants(jaxpr)):
+        _raise_captured(where)
+    return out
+
+
 def _as_arrays(out: Any) -> Any:
     """Python's own scalars are fine results, of a function that looks at nothing."""
-    return jnp.asarray(out) if isinstance(out, bool | int | float) else out
+    return np.asarray(out) if isinstance(out, bool | int | float) else out
 
 
 def _constants(jaxpr: Any) -> Iterator[bool]:
@@ -67,7 +75,7 @@ def _constants(jaxpr: Any) -> Iterator[bool]:
 
 def _raise_captured(where: str):
     raise ValueError(
-        f"{where}(fn): the function captures arrays. Pass them as `params` (or, one value "
+        f"{where}: the function captures arrays. Pass them as `params` (or, one value "
         "a token, as `q_features` or `kv_features`), so that they are differentiated, "
         "sliced, sharded and saved with the module."
     )

@@ -331,3 +331,63 @@ def test_configs_are_values():
     assert jax.tree.leaves(make()) == []
     with pytest.raises(AttributeError):
         make().dropout = 0.5
+
+
+def _hide(logit, q_pos, kv_pos, head, q_feature, kv_feature, params):
+    return jnp.where(kv_feature, logit, -jnp.inf)
+
+
+@pytest.mark.parametrize("name", list(MECHANISMS))
+@pytest.mark.parametrize("mask", [eqa.Full(), eqa.Causal(20)])
+def test_keys_hidden_by_a_score_may_hold_nan(name, mask):
+    seen = jnp.arange(7) < 4
+    score = (eqa.SoftCap(2.0), eqa.ScoreFn(_hide, kv_features=seen))
+    poison = lambda x: jnp.where(seen[None, :, None, None], x, jnp.nan)  # noqa: E731
+
+    def loss(q, k, v):
+        mechanism = MECHANISMS[name]
+        return (eqa.attend(q, k, v, mask=mask, score=score, mechanism=mechanism) ** 2).sum()
+
+    both = jax.value_and_grad(loss, argnums=(0, 1, 2))
+    assert_close(both(Q, poison(K), poison(V)), both(Q, K, V), 1e-5)
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+def test_values_that_are_seen_and_not_finite(bad):
+    """Reach the rows and channels that they should, on every mechanism alike."""
+    value = V.at[:, 2, :, 0].set(bad)
+    for mask in (eqa.Full(), eqa.Causal()):
+        outs = [
+            eqa.attend(Q, K, value, mask=mask, mechanism=m) for m in MECHANISMS.values()
+        ]
+        first = 0 if isinstance(mask, eqa.Full) else 2
+        for out in outs:
+            assert jnp.isfinite(out[:, :first]).all() and jnp.isfinite(out[..., 1:]).all()
+            hit = out[:, first:, :, 0]
+            assert (jnp.isnan(hit) if jnp.isnan(bad) else hit == bad).all()
+
+
+@pytest.mark.parametrize("name", list(MECHANISMS))
+def test_offsets_as_large_as_integers(name):
+    far = 2**31 - 1
+    full = eqa.attend(Q, K, V)
+    for mask in (eqa.Causal(far), eqa.SlidingWindow(far, far), eqa.Causal(jnp.array(far))):
+        assert_close(eqa.attend(Q, K, V, mask=mask, mechanism=MECHANISMS[name]), full, 1e-6)
+    with pytest.raises(ValueError, match=r"Causal\(offset\).*32-bit"):
+        eqa.Causal(2**31)
+
+
+def test_nothing_to_do_is_checked_all_the_same():
+    with pytest.raises(TypeError, match="mask.kv_valid"):
+        eqa.attend(Q, K[:, :0], V[:, :0], mask=eqa.Keys(jnp.ones(5, bool)))
+    assert eqa.attention_weights(Q, K[:, :0]).shape == (2, 4, 5, 0)
+    assert eqa.Attention().explain(Q, K[:, :0], V[:, :0]).startswith("empty")
+    out, lse = eqa.attend(Q, K, V[..., :0], return_lse=True)
+    assert out.shape == (2, 5, 4, 0) and jnp.isfinite(lse).all()
+
+
+def test_partials_of_different_shapes():
+    one = eqa.attend(Q, K, V, return_lse=True)
+    two = eqa.attend(Q[:, :3], K, V, return_lse=True)
+    with pytest.raises(TypeError, match="partials"):
+        eqa.merge([one, two])

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree
 
 from .._axes import axes
-from .._function import check_function, example_arguments, features, own_params
+from .._function import check_function, example_arguments, features, own_params, trace
 from .._static import pdoc
 from .._tokens import Bounds, Tile
 from .base import AbstractMask, Summary
@@ -73,10 +73,14 @@ class Predicate(AbstractMask):
         self.fn_summary = summary
         arguments = example_arguments(self.q_features, self.kv_features, params)
         check_function("Predicate", fn, arguments, jnp.bool_)
-        if summary is not None and not callable(summary):
-            raise TypeError(
-                f"Predicate(summary): expected a function, got {type(summary).__name__}."
-            )
+        if summary is not None:
+            q_pos, kv_pos, _, q_feature, kv_feature, params = arguments
+            ranges = tuple((x, x) for x in (q_pos, kv_pos, q_feature, kv_feature))
+            out = trace("Predicate(summary)", summary, (*ranges, params))
+            if not (isinstance(out, tuple) and len(out) == 2):
+                raise TypeError(
+                    f"Predicate(summary): expected it to return a pair, got {out}."
+                )
 
     __pdoc__ = pdoc
 
