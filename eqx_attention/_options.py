@@ -161,7 +161,7 @@ def check_positions(positions: Any, name: str, words: tuple) -> None:
     if not is_array(positions) or not jnp.issubdtype(positions.dtype, jnp.integer):
         got = getattr(positions, "dtype", type(positions).__name__)
         raise TypeError(f"{name}: expected an integer array, got {got}.")
-    if positions.ndim == 0 or positions.shape[-1] == 0:
+    if positions.ndim == 0:
         raise ShapeError(
             f"{name}: expected one position for each token, got shape {positions.shape}."
         )

@@ -86,7 +86,7 @@ def _tokens(call: Call, sizes: Sizes) -> tuple[Tokens, Tokens]:
     q_positions, kv_positions = call.q_positions, call.kv_positions
     shift = 0
     if isinstance(q_positions, str):
-        if q_positions == "end" and kv_positions is not None:
+        if q_positions == "end" and kv_positions is not None and sizes.key > 0:
             last = kv_positions[..., -1:].astype(jnp.int32)
             back = jnp.arange(1 - sizes.query, 1, dtype=jnp.int32)
             q_positions = last + back.reshape((1,) * (last.ndim - 1) + (-1,))
