@@ -29,6 +29,10 @@ def even(q_pos, kv_pos, head, q_feature, kv_feature, params):
     return (q_pos + kv_pos) % 2 == 0
 
 
+def unknown(q_pos, kv_pos, q_feature, kv_feature, params):
+    return q_pos[0] <= q_pos[1], q_pos[0] > q_pos[1]
+
+
 def shifted(logit, q_pos, kv_pos, head, q_feature, kv_feature, params):
     return logit + params["shift"].astype(logit.dtype)
 
@@ -281,12 +285,11 @@ def test_functions(path):
         return fn
 
     up, down = make(1), make(-1)
-    predicates = [eqa.Predicate(f, summary=even) for f in (up, down, up)]
-    module = tuple(predicates)
+    module = tuple(eqa.Predicate(f, summary=unknown) for f in (up, down, up))
     eqa.save(path, module)
-    refuse(path, "'fn'", "'fn#2'", "'even'", "functions=")
-    refuse(path, "'fn#2'", functions={"fn": up, "even": even})
-    functions = {"fn": up, "fn#2": down, "even": even, "unused": even}
+    refuse(path, "'fn'", "'fn#2'", "'unknown'", "functions=")
+    refuse(path, "'fn#2'", functions={"fn": up, "unknown": unknown})
+    functions = {"fn": up, "fn#2": down, "unknown": unknown, "unused": even}
     assert same(eqa.load(path, functions=functions), module)
     with pytest.raises(TypeError, match="functions"):
         eqa.load(path, functions={"fn": 3})  # pyright: ignore
