@@ -21,6 +21,7 @@ from ._options import (
     as_scores,
     both_masks,
     check_operands,
+    check_options,
     check_positions,
     check_unsharded,
     MECHANISMS,
@@ -120,17 +121,16 @@ def attend(
         query,
         key_,
         value,
-        mask=as_mask(mask),
-        score=as_scores(score),
+        mask=mask,
+        score=score,
         sinks=sinks,
-        scale=as_scale(scale),
-        dropout=as_dropout(dropout),
+        scale=scale,
+        dropout=dropout,
         key=key,
         inference=inference,
         q_positions=q_positions,
         kv_positions=kv_positions,
-        precision=as_precision(precision),
-        dtype=None,
+        precision=precision,
     )
     out, lse = _run(as_mechanism(mechanism), call)
     return (out, lse) if return_lse else out
@@ -163,17 +163,13 @@ def attention_weights(
         query,
         key_,
         key_ if value is None else value,
-        mask=as_mask(mask),
-        score=as_scores(score),
+        mask=mask,
+        score=score,
         sinks=sinks,
-        scale=as_scale(scale),
-        dropout=0.0,
-        key=None,
-        inference=True,
+        scale=scale,
         q_positions=q_positions,
         kv_positions=kv_positions,
-        precision=as_precision(precision),
-        dtype=None,
+        precision=precision,
     )
     return _weights(call)
 
@@ -217,7 +213,6 @@ class Attention(eqx.Module):
         - `inference`: if `True`, there is no dropout. May be toggled with
             `equinox.nn.inference_mode`, or overridden in the call.
         """
-        check_unsharded(sharding)
         self.mechanism = as_mechanism(mechanism)
         self.mask = as_mask(mask)
         self.score = as_scores(score)
@@ -228,7 +223,11 @@ class Attention(eqx.Module):
         self.sharding = sharding
         self.inference = inference
 
+    def __check_init__(self):
+        check_options(self)
+
     @staticmethod
+    @jaxtyped(typechecker=typechecker)
     def from_config(config: AttentionConfig, mesh: Any = None) -> "Attention":
         """The one way from an [`eqx_attention.AttentionConfig`][] to a module."""
         check_unsharded(config.sharding, mesh)
@@ -327,17 +326,18 @@ def _call(
     score,
     sinks,
     scale,
-    dropout,
-    key,
-    inference,
     q_positions,
     kv_positions,
     precision,
-    dtype,
+    dropout=0.0,
+    key=None,
+    inference=False,
+    dtype=None,
 ) -> Call:
     check_operands(query, key_, value)
     check_positions(q_positions, "q_positions", ("start", "end"))
     check_positions(kv_positions, "kv_positions", (None,))
+    dropout = as_dropout(dropout)
     dropped = dropout > 0 and not inference
     if dropped and key is None:
         raise ValueError(
@@ -348,15 +348,15 @@ def _call(
         query,
         key_,
         value,
-        mask,
-        score,
+        as_mask(mask),
+        as_scores(score),
         sinks,
-        scale,
+        as_scale(scale),
         key if dropped else None,
         q_positions if isinstance(q_positions, str) else jnp.asarray(q_positions),
         None if kv_positions is None else jnp.asarray(kv_positions),
         dropout if dropped else 0.0,
-        precision,
+        as_precision(precision),
         dtype,
         platform_of(query, key_, value),
     )

@@ -10,7 +10,7 @@ from ._axes import Block, canonical, ceil_div, cut, over_batch, own_sizes, prod,
 from ._mask import AbstractMask, BlockMask
 from ._options import as_mask, check_positions
 from ._static import AnyArray, is_array
-from ._tokens import Tile, tile, Tokens
+from ._tokens import both_positions, Tile, tile, Tokens
 
 
 @jaxtyped(typechecker=typechecker)
@@ -98,7 +98,11 @@ class Bound:
         q_positions: str | AnyArray = "start",
         kv_positions: AnyArray | None = None,
     ):
-        for name, size in (("q_len", q_len), ("kv_len", kv_len)):
+        for name, size in (
+            ("q_len", q_len),
+            ("kv_len", kv_len),
+            ("num_heads", 1 if num_heads is None else num_heads),
+        ):
             if size < 1:
                 raise ValueError(f"{name}: expected at least 1, got {size}.")
         batch, heads = own_sizes(mask, "mask")
@@ -109,13 +113,9 @@ class Bound:
         heads = heads if num_heads is None else num_heads
         check_positions(q_positions, "q_positions", ("start", "end"))
         check_positions(kv_positions, "kv_positions", (None,))
-        self.kv_position = (
-            _index(kv_len) if kv_positions is None else jnp.asarray(kv_positions)
+        self.q_position, self.kv_position = both_positions(
+            q_positions, kv_positions, q_len, kv_len
         )
-        if isinstance(q_positions, str):
-            last = q_len - 1 if q_positions == "start" else self.kv_position[-1]
-            q_positions = last + 1 - q_len + _index(q_len)
-        self.q_position = jnp.asarray(q_positions)
         self.sizes = Sizes(batch, heads, q_len, kv_len)
         self._mask = canonical(mask, self.sizes, "mask")
         if num_heads is None and self._looks_at_heads():
@@ -145,10 +145,6 @@ class Bound:
             return False
         two = Block((0, 0, 0, 0), (prod(self.sizes.batch), 2, *self.sizes[2:]))
         return jax.eval_shape(lambda: self.visible(two)).shape[1] > 1
-
-
-def _index(length: int) -> Int[Array, " length"]:
-    return jnp.arange(length, dtype=jnp.int32)
 
 
 def _sums(x: Bool[Array, "*batch rows columns"]) -> Int[Array, "*batch _ _"]:

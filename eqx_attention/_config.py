@@ -10,14 +10,13 @@ from ._options import (
     as_dropout,
     as_dtype,
     as_mask,
-    as_mechanism,
     as_precision,
     as_scale,
     as_scores,
-    check_unsharded,
+    check_options,
 )
 from ._score import AbstractScore
-from ._static import pdoc, Static, unwrap
+from ._static import pdoc, unwrap
 
 
 class AttentionConfig(eqx.Module):
@@ -28,12 +27,14 @@ class AttentionConfig(eqx.Module):
     assert eqa.AttentionConfig.from_json(config.to_json()) == config
     attention = eqa.Attention.from_config(config)
     ```
+
+    `dataclasses.replace(config, dropout=0.1)` is one that differs in a field.
     """
 
     mechanism: str | AbstractMechanism = eqx.field(static=True)
     mask: AbstractMask
     score: tuple[AbstractScore, ...]
-    _scale: Static | Float[Array, "..."] | None
+    scale: float | int | Float[Array, "..."] | None
     dropout: float = eqx.field(static=True)
     precision: str | None = eqx.field(static=True)
     dtype: Any = eqx.field(static=True)
@@ -55,25 +56,14 @@ class AttentionConfig(eqx.Module):
         self.mechanism = mechanism
         self.mask = as_mask(mask)
         self.score = as_scores(score)
-        self._scale = as_scale(scale)
+        self.scale = unwrap(as_scale(scale))
         self.dropout = as_dropout(dropout)
         self.precision = as_precision(precision)
         self.dtype = as_dtype(dtype)
         self.sharding = sharding
 
     def __check_init__(self):
-        check_unsharded(self.sharding)
-        as_mechanism(self.mechanism)
-        as_mask(self.mask)
-        as_scores(self.score)
-        as_scale(self._scale)
-        as_dropout(self.dropout)
-        as_precision(self.precision)
-        as_dtype(self.dtype)
-
-    @property
-    def scale(self) -> Any:
-        return unwrap(self._scale)
+        check_options(self)
 
     def to_json(self) -> str:
         """The configuration as JSON, on several lines, to be read and changed by people.

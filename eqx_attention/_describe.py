@@ -2,10 +2,8 @@
 
 import dataclasses
 import functools as ft
-import inspect
 import json
 import math
-import sys
 import types
 import typing
 from collections.abc import Callable
@@ -22,20 +20,14 @@ from jax.lax import Precision
 from jaxtyping import jaxtyped
 
 from ._errors import SerialisationError
+from ._known import classes, constants, dtypes, functions
 from ._static import Static
 
 
 CONFIG_VERSION = 1
 _CONFIG = "AttentionConfig"
 _NOT_JSON = "are not JSON; use eqx_attention.save"
-_DTYPES = """bool_ int2 int4 int8 int16 int32 int64 uint2 uint4 uint8 uint16 uint32 uint64
-    float4_e2m1fn float8_e3m4 float8_e4m3 float8_e4m3b11fnuz float8_e4m3fn float8_e4m3fnuz
-    float8_e5m2 float8_e5m2fnuz float8_e8m0fnu bfloat16 float16 float32 float64 complex64
-    complex128""".split()
 _MESH = jax.sharding.Mesh | jax.sharding.AbstractMesh
-_ACTIVATIONS = """relu relu6 gelu silu sigmoid softplus elu celu selu glu leaky_relu
-    hard_tanh hard_sigmoid hard_silu log_sigmoid mish squareplus sparse_plus soft_sign
-    identity tanh""".split()
 
 
 class Placeholder:
@@ -58,33 +50,6 @@ class Parts:
     mesh: Any = None
     used: list[int] = dataclasses.field(default_factory=list)
     missing: set[str] = dataclasses.field(default_factory=set)
-
-
-@ft.cache
-def _classes() -> dict[str, type]:
-    """The classes that a file may name, by the names it may use."""
-    out = {}
-    for prefix, module in (("eqx.nn.", eqx.nn), ("", sys.modules["eqx_attention"])):
-        for name, cls in vars(module).items():
-            known = isinstance(cls, type) and issubclass(cls, eqx.Module)
-            if known and not inspect.isabstract(cls) and not name.startswith("_"):
-                out[prefix + name] = cls
-    return out
-
-
-@ft.cache
-def _functions() -> dict[str, Callable]:
-    """The functions that a file may name without its reader providing them."""
-    out = {f"jax.nn.{name}": getattr(jax.nn, name) for name in _ACTIVATIONS}
-    identity = inspect.signature(eqx.nn.MLP.__init__).parameters["final_activation"]
-    return out | {"jax.numpy.tanh": jnp.tanh, "eqx.nn.identity": identity.default}
-
-
-@ft.cache
-def dtypes() -> dict[str, type]:
-    """JAX's scalar types by the names of their dtypes."""
-    types = [getattr(jnp, name) for name in _DTYPES if hasattr(jnp, name)]
-    return {np.dtype(t).name: t for t in types}
 
 
 @ft.cache
@@ -141,7 +106,7 @@ def describe(value: Any, parts: Parts | None = None, path: str = "") -> Any:
         return {"static": go(value.value, path=path)}
     if (kind := _dtype_kind(value)) is not None:
         return {kind: np.dtype(value).name}
-    for name, known in _classes().items():
+    for name, known in classes().items():
         if cls is known:
             return {"type": name} | _describe_fields(value, parts, path)
     return _describe_part(value, parts, path)
@@ -196,7 +161,7 @@ def _describe_part(value: Any, parts: Parts | None, path: str) -> dict[str, Any]
 
 
 def _function_name(fn: Callable, parts: Parts, path: str) -> str:
-    for name, known in _functions().items():
+    for name, known in functions().items():
         if known is fn:
             return name
     base = getattr(fn, "__name__", None)
@@ -246,25 +211,14 @@ def rebuild(
         pairs = rebuild(content, parts, path, check)
         if all(type(p) is tuple and len(p) == 2 and _is_plain(p[0]) for p in pairs):
             return dict(pairs)
-    elif kind in (tables := _tables()) and type(content) is str:
-        if content in tables[kind]:
-            return tables[kind][content]
+    elif kind in (known := constants()) and type(content) is str:
+        if content in known[kind]:
+            return known[kind][content]
     _fail(path, f"not a known value: {kind!r} of {str(content)[:50]!r}.")
 
 
 def _is_plain(value: Any) -> bool:
     return value is None or type(value) in (bool, int, float, str)
-
-
-@ft.cache
-def _tables() -> dict[str, dict[str, Any]]:
-    return {
-        "float": {x: float(x) for x in ("nan", "inf", "-inf")},
-        "precision": dict(Precision.__members__),
-        "dtype": {name: np.dtype(t) for name, t in dtypes().items()},
-        "numpy": {name: np.dtype(t).type for name, t in dtypes().items()},
-        "jax.numpy": dtypes(),
-    }
 
 
 def _rebuild_part(kind: str, content: Any, parts: Parts | None, path: str) -> Any:
@@ -274,7 +228,7 @@ def _rebuild_part(kind: str, content: Any, parts: Parts | None, path: str) -> An
         parts.used.append(content)
         return parts.leaves[content]
     if kind == "function" and type(content) is str:
-        if content not in (known := _functions() | parts.functions):
+        if content not in (known := functions() | parts.functions):
             parts.missing.add(repr(content))
         return known.get(content, Placeholder())
     if kind == "mesh" and type(content) is list:
@@ -290,7 +244,7 @@ def _rebuild_part(kind: str, content: Any, parts: Parts | None, path: str) -> An
 
 def _rebuild_module(data: dict, parts: Parts | None, path: str, check: bool) -> Any:
     name = data["type"]
-    cls = _classes().get(name) if type(name) is str else None
+    cls = classes().get(name) if type(name) is str else None
     if cls is None:
         _fail(path, f"{str(name)[:80]!r} is not the name of a known type.")
     fields = _fields(cls)

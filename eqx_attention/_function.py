@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from ._static import is_array
+from ._tokens import Tile
 
 
 def check_function(
@@ -81,15 +82,26 @@ def _raise_captured(where: str):
     )
 
 
+def arguments_of(module: Any, tile: Tile) -> tuple[Any, ...]:
+    """What the function of a `Predicate` or a `ScoreFn` is given of a tile, in order."""
+    return (
+        tile.q_position,
+        tile.kv_position,
+        tile.head,
+        module.q_features,
+        module.kv_features,
+        own_params(module.params),
+    )
+
+
 def example_arguments(q_features: PyTree, kv_features: PyTree, params: PyTree):
-    """Arguments of a tile of 2 heads, 3 queries and 5 keys, as shapes and dtypes."""
+    """Likewise, of a tile of 2 heads, 3 queries and 5 keys, as shapes and dtypes."""
 
     def like(shape):
         return lambda x: jax.ShapeDtypeStruct(shape, x.dtype) if is_array(x) else x
 
-    position = jax.ShapeDtypeStruct((1, 3, 1), jnp.int32)
     return (
-        position,
+        jax.ShapeDtypeStruct((1, 3, 1), jnp.int32),
         jax.ShapeDtypeStruct((1, 1, 5), jnp.int32),
         jax.ShapeDtypeStruct((2, 1, 1), jnp.int32),
         jax.tree.map(like((1, 3, 1)), q_features),

@@ -23,6 +23,18 @@ MECHANISMS: dict[str, type[AbstractMechanism]] = {
 }
 
 
+def check_options(options: Any) -> None:
+    """What holds of each `AttentionConfig` and each `Attention`."""
+    check_unsharded(options.sharding)
+    as_mechanism(options.mechanism)
+    as_mask(options.mask)
+    as_scores(options.score)
+    as_scale(options.scale)
+    as_dropout(options.dropout)
+    as_precision(options.precision)
+    as_dtype(options.dtype)
+
+
 def as_mechanism(mechanism: Any) -> AbstractMechanism:
     if isinstance(mechanism, AbstractMechanism):
         return mechanism
@@ -78,7 +90,7 @@ def as_scale(scale: Any) -> Any:
             raise TypeError(f"scale: expected a number or array, got {scale.value!r}.")
         if not (scale.value > 0 and math.isfinite(scale.value)):
             raise ValueError(f"scale: expected a finite number > 0, got {scale.value}.")
-        return scale
+        return Static(float(scale.value))
     if not is_array(scale) or not jnp.issubdtype(scale.dtype, jnp.floating):
         got = getattr(scale, "dtype", type(scale).__name__)
         raise TypeError(f"scale: expected a number or a floating array, got {got}.")

@@ -15,7 +15,7 @@ from ._options import MECHANISMS
 from ._partial import merge
 from ._score import AbstractScore
 from ._static import Static
-from ._tokens import Tokens
+from ._tokens import query_positions, Tokens
 
 
 class Call(eqx.Module):
@@ -83,26 +83,18 @@ def request_of(call: Call) -> Request:
 
 
 def _tokens(call: Call, sizes: Sizes) -> tuple[Tokens, Tokens]:
-    q_positions, kv_positions = call.q_positions, call.kv_positions
-    shift = 0
-    if isinstance(q_positions, str):
-        if q_positions == "end" and kv_positions is not None and sizes.key > 0:
-            last = kv_positions[..., -1:].astype(jnp.int32)
-            back = jnp.arange(1 - sizes.query, 1, dtype=jnp.int32)
-            q_positions = last + back.reshape((1,) * (last.ndim - 1) + (-1,))
-        else:
-            shift = sizes.key - sizes.query if q_positions == "end" else 0
-            q_positions = None
-    positions = _Positions(_int32(q_positions), _int32(kv_positions))
+    kv_positions = call.kv_positions
+    q_positions, shift = query_positions(
+        call.q_positions, kv_positions, sizes.query, sizes.key
+    )
+    if kv_positions is not None:
+        kv_positions = kv_positions.astype(jnp.int32)
+    positions = _Positions(q_positions, kv_positions)
     positions = canonical(positions, sizes, "")
     return (
         Tokens(positions.q_positions, sizes.query, shift),
         Tokens(positions.kv_positions, sizes.key, 0),
     )
-
-
-def _int32(x: Array | None) -> Array | None:
-    return None if x is None else jnp.asarray(x, jnp.int32)
 
 
 def check_supported(mechanism: AbstractMechanism, request: Request) -> None:

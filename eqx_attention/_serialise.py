@@ -18,8 +18,9 @@ from beartype import beartype
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import jaxtyped, PyTree
 
-from ._describe import describe, dtypes, parse, Parts, Placeholder, rebuild
+from ._describe import describe, parse, Parts, Placeholder, rebuild
 from ._errors import SerialisationError
+from ._known import dtypes
 
 
 VERSION = 1

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from ._axes import Block, blocks, ceil_div, cut
+from ._static import AnyArray
 
 
 class Tokens(eqx.Module):
@@ -19,6 +20,36 @@ class Tokens(eqx.Module):
     position: Int[Array, "batch 1 query key"] | None
     length: int = eqx.field(static=True)
     shift: int = eqx.field(static=True)
+
+
+def query_positions(
+    q_positions: str | AnyArray, kv_positions: AnyArray | None, q_len: int, kv_len: int
+) -> tuple[Int[Array, "*batch q_len"] | None, int]:
+    """`(position, shift)` of the queries, as in `Tokens`.
+
+    `"start"` counts from 0; `"end"` lines the last query up with the last key.
+    """
+    if not isinstance(q_positions, str):
+        return jnp.asarray(q_positions, jnp.int32), 0
+    if q_positions == "start":
+        return None, 0
+    if kv_positions is None or kv_len == 0:
+        return None, kv_len - q_len
+    last = jnp.asarray(kv_positions[..., -1:], jnp.int32)
+    back = jnp.arange(1 - q_len, 1, dtype=jnp.int32)
+    return last + back.reshape((1,) * (last.ndim - 1) + back.shape), 0
+
+
+def both_positions(
+    q_positions: str | AnyArray, kv_positions: AnyArray | None, q_len: int, kv_len: int
+) -> tuple[Int[Array, "*batch q_len"], Int[Array, "*batch kv_len"]]:
+    """The positions of all queries and of all keys, as arrays."""
+    q, shift = query_positions(q_positions, kv_positions, q_len, kv_len)
+    if q is None:
+        q = jnp.arange(shift, shift + q_len, dtype=jnp.int32)
+    if kv_positions is None:
+        return q, jnp.arange(kv_len, dtype=jnp.int32)
+    return q, jnp.asarray(kv_positions, jnp.int32)
 
 
 class Tile(NamedTuple):

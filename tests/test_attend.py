@@ -41,6 +41,7 @@ WRONG_SHAPES_AND_DTYPES = {
     "scale": lambda: eqa.attend(Q, K, V, scale=jnp.ones(3)),
     "left": lambda: eqa.SlidingWindow(1.5),
     "q_ids": lambda: eqa.Segments(jnp.zeros(3)),
+    "config": lambda: eqa.Attention.from_config("auto"),  # pyright: ignore
     "Bias": lambda: eqa.Bias(jnp.ones((5, 7), jnp.int32)),
 }
 

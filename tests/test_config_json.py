@@ -1,5 +1,6 @@
 """`AttentionConfig.to_json` and `from_json`."""
 
+import dataclasses
 import json
 import math
 import os
@@ -198,6 +199,49 @@ def test_only_known_types(value):
 )
 def test_not_a_config(text):
     refuse(text, "AttentionConfig")
+
+
+_REPLACEMENTS = {
+    "mechanism": eqa.Blockwise(8, 8),
+    "mask": eqa.Prefix(3),
+    "score": (eqa.SoftCap(2.0),),
+    "scale": 3.0,
+    "dropout": 0.5,
+    "precision": "highest",
+    "dtype": np.dtype("float16"),
+}
+
+
+@pytest.mark.parametrize("field", _REPLACEMENTS)
+@pytest.mark.parametrize("config", [simple, eqa.AttentionConfig(scale=0.5, dropout=0.1)])
+def test_replace(field, config):
+    value = _REPLACEMENTS[field]
+    new = dataclasses.replace(config, **{field: value})
+    assert getattr(new, field) == value and new != config
+    for f in dataclasses.fields(config):
+        if f.name != field:
+            assert getattr(new, f.name) == getattr(config, f.name)
+    assert eqa.AttentionConfig.from_json(new.to_json()) == new
+    back = dataclasses.replace(new, **{field: getattr(config, field)})
+    assert back == config and hash(back) == hash(config)
+
+
+def test_replace_checks():
+    assert {*_REPLACEMENTS, "sharding"} == {f.name for f in dataclasses.fields(simple)}
+    with pytest.raises(ValueError, match="scale"):
+        dataclasses.replace(simple, scale=-1.0)
+    with pytest.raises(eqa.UnsupportedError, match="sharding"):
+        dataclasses.replace(simple, sharding="dp")
+    learned = dataclasses.replace(simple, scale=np.ones(2, np.float32))
+    kept = dataclasses.replace(learned, dropout=0.5).scale
+    assert isinstance(kept, jax.Array) and kept.tolist() == [1.0, 1.0]
+
+
+def test_files_and_scales():
+    """A scale in a file is a number or an array, as it was when there was another field."""
+    for scale in (2, 2.5, None):
+        config = eqa.AttentionConfig.from_json(change(scale=scale))
+        assert config == eqa.AttentionConfig(mask=simple.mask, scale=scale)
 
 
 def test_strict_json():

@@ -218,7 +218,7 @@ def test_qk_norm(qk_norm, key):
     else:
         assert jnp.array_equal(mha.config.scale, jnp.full(4, 10.0))
         scale = jr.uniform(keys[2], (4,), minval=1.0, maxval=20.0)
-        mha = eqx.tree_at(lambda m: m.config._scale, mha, scale)
+        mha = eqx.tree_at(lambda m: m.config.scale, mha, scale)
     logits = np.einsum("qhd,khd->hqk", query, np.repeat(key_, 2, 1))
     logits = logits * np.asarray(scale)[:, None, None]
     weights = np.exp(logits - logits.max(-1, keepdims=True))
@@ -244,7 +244,7 @@ def test_qk_norm_scale(key):
     assert mha.config.scale == 3.0
     x = _inputs()
     learned = MultiheadAttention(3, 12, qk_norm="l2", key=key)
-    learned = eqx.tree_at(lambda m: m.config._scale, learned, jnp.full(3, 3.0))
+    learned = eqx.tree_at(lambda m: m.config.scale, learned, jnp.full(3, 3.0))
     _close(mha(*x), learned(*x))
 
 
@@ -285,6 +285,10 @@ def test_positions(interleaved, key):
     expected = mha(x, x, x)
     last = x[-3:]
     _close(mha(last, x, x, q_positions="end"), expected[-3:])
+    # Narrow ones, too.
+    seven = jnp.arange(7, dtype=jnp.int8)
+    _close(mha(last, x, x, q_positions="end", kv_positions=seven), expected[-3:])
+    assert not jnp.any(mha(last, x[:0], x[:0], q_positions="end", kv_positions=seven[:0]))
     _close(mha(last, x, x, q_positions=jnp.array([4, 5, 6])), expected[-3:])
     shifted = jnp.arange(7) + 1000
     out = mha(x, x, x, q_positions=shifted, kv_positions=shifted)

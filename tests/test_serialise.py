@@ -23,6 +23,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 from eqx_attention import _serialise
+from eqx_attention._known import dtypes
 
 
 def even(q_pos, kv_pos, head, q_feature, kv_feature, params):
@@ -47,6 +48,7 @@ MODULES = {
     "chunked": lambda: ~eqa.Chunked(4) | eqa.Causal(-1),
     "segments": lambda: eqa.Segments.from_lengths([2, 4]),
     "padding": lambda: eqa.Padding(jnp.array([3, 4])),
+    "padding_by_numbers": lambda: eqa.Padding(3, jnp.array([4, 5])),
     "keys": lambda: eqa.Keys(jnp.array([True, False, True]), jnp.array([1, 0])),
     "dense": lambda: eqa.Dense(jr.bernoulli(_key, 0.5, (2, 1, 5, 5))),
     "predicate": lambda: eqa.Predicate(even, jnp.arange(6) % 3, jnp.arange(6)),
@@ -202,9 +204,9 @@ def test_multihead_computes_the_same(path):
     assert want.tobytes() == got.tobytes()
 
 
-@pytest.mark.parametrize("name", _serialise.dtypes())
+@pytest.mark.parametrize("name", dtypes())
 def test_dtypes(name, path, x64):
-    dtype = _serialise.dtypes()[name]
+    dtype = dtypes()[name]
     numbers = np.arange(6).reshape(2, 3) % 2
     module = (jnp.asarray(numbers, dtype), numbers.astype(dtype))
     eqa.save(path, module)
@@ -524,6 +526,47 @@ def test_bad_headers(field, path):
             forge(path, bytes(8), [_FLOATS], _LEAF, **{field: bad})
             if not (field == "package_version" and bad == "0"):
                 refuse(path)
+
+
+_COMPLEX = {"kind": "jax", "dtype": "complex64", "shape": [1]}
+_SCALAR = {"kind": "jax", "dtype": "complex64", "shape": []}
+
+
+@pytest.mark.parametrize(
+    "name, field, value, words",
+    [
+        ("relative", "max_distance", 8, "RelativeBias(max_distance)"),
+        ("relative", "table", _COMPLEX, "RelativeBias(table)"),
+        ("alibi", "slopes", _COMPLEX, "ALiBi(slopes)"),
+        ("bias", "array", _COMPLEX, "Bias(array)"),
+        ("soft_cap", "cap", -1.0, "SoftCap(cap)"),
+        ("score_fn", "kv_features", _SCALAR, "ScoreFn(kv_features)"),
+        ("predicate", "q_features", _SCALAR, "Predicate(q_features)"),
+        ("dense", "array", _COMPLEX, "Dense(array)"),
+        ("segments", "kv_ids", _COMPLEX, "Segments(kv_ids)"),
+        ("keys", "q_valid", _COMPLEX, "Keys(q_valid)"),
+        ("padding", "kv_lengths", -1, "Padding(kv_lengths)"),
+        ("padding", "q_lengths", _COMPLEX, "Padding(q_lengths)"),
+        ("block_mask", "block_q", 0, "BlockMask"),
+        ("block_mask", "block_k", 3, "BlockMask(num_some)"),
+        ("block_mask", "q_position", _COMPLEX, "BlockMask(q_position)"),
+        ("attention", "dropout", 1.5, "dropout"),
+        ("attention", "sharding", "dp", "sharding"),
+        ("config", "scale", -1.0, "scale"),
+    ],
+)
+def test_loaded_modules_are_checked(name, field, value, words, path):
+    """One field was altered, and the checksums made right again."""
+    eqa.save(path, make(name))
+    line, _, payload = path.read_bytes().partition(b"\n")
+    header = json.loads(line)
+    assert header["check"]
+    structure, leaves = header["structure"], header["leaves"]
+    if value in (_COMPLEX, _SCALAR):
+        value, leaves, payload = {"leaf": len(leaves)}, [*leaves, value], payload + bytes(8)
+    structure = [structure | {field: value}, structure[field]]  # each leaf is used
+    forge(path, payload, leaves, structure)
+    refuse(path, words, functions=FUNCTIONS)
 
 
 @pytest.mark.parametrize("depth", [100, 1000, 10**6])

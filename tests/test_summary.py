@@ -111,6 +111,7 @@ EXACT = {
     "prefix": eqa.Prefix(11),
     "chunked": eqa.Chunked(4),
     "padding": eqa.Padding(jnp.array([3, 20])),
+    "padding_by_numbers": eqa.Padding(20, 6),
     "segments": eqa.Segments(jnp.arange(13) // 4, jnp.arange(29) // 6),
     "dense": eqa.Dense(jnp.asarray(np.random.default_rng(0).random((13, 29)) < 0.1)),
     "not": ~eqa.Causal(),
@@ -151,10 +152,22 @@ def test_block_mask_is_bound_to_its_positions():
         assert jnp.allclose(out, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("q_positions", ("start", "end", np.arange(13) * 3))
+@pytest.mark.parametrize("kv_positions", (None, np.arange(29, dtype=np.int8)[::-1] + 7))
+def test_block_mask_has_the_positions_of_a_call(q_positions, kv_positions):
+    q, k, v = operands(SHAPE)
+    positions = dict(q_positions=q_positions, kv_positions=kv_positions)
+    bound = eqa.block_mask(eqa.Causal(2), 13, 29, **positions)
+    expected = eqa.attend(q, k, v, mask=eqa.Causal(2), **positions)
+    assert jnp.allclose(eqa.attend(q, k, v, mask=bound), expected, atol=1e-5)
+
+
 def test_block_mask_needs_heads():
     mask = eqa.Predicate(lambda q, k, head, _, __, ___: head > 1)
     with pytest.raises(ValueError, match="num_heads"):
         eqa.block_mask(mask, 5, 5)
+    with pytest.raises(ValueError, match="num_heads"):
+        eqa.block_mask(mask, 5, 5, num_heads=0)
     table = eqa.block_mask(mask, 5, 5, num_heads=4, block_q=5, block_k=5).num_some
     assert table[:, 1, 1].tolist() == [0, 0, 1, 1]
 

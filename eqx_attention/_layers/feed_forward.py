@@ -10,6 +10,7 @@ from beartype import beartype
 from jaxtyping import Array, Float, jaxtyped, PRNGKeyArray
 
 from .blockwise import blockwise, tokenwise
+from .checks import check_channels, check_dropout, check_linear, check_positive
 
 
 _activations: dict[str, tuple[Callable[[Array], Array], bool]] = {
@@ -110,34 +111,45 @@ class FeedForward(eqx.Module):
         A `ValueError` if a size is not positive, `dropout_p` is not in [0, 1), or
         `activation` is unknown.
         """
-        hidden_size = 4 * size if hidden_size is None else hidden_size
-        for name, number in (
-            ("size", size),
-            ("hidden_size", hidden_size),
-            ("block_size", 1 if block_size is None else block_size),
-        ):
-            if number < 1:
-                raise ValueError(f"FeedForward: {name} must be positive; got {number}.")
-        if not 0 <= dropout_p < 1:
-            raise ValueError(f"FeedForward: dropout_p must be in [0, 1); got {dropout_p}.")
-        if activation not in _activations:
-            known = ", ".join(repr(name) for name in _activations)
-            raise ValueError(
-                f"FeedForward: activation must be one of {known}; got {activation!r}."
-            )
-        _, gated = _activations[activation]
-        up_key, gate_key, down_key = jr.split(key, 3)
-        linear = ft.partial(eqx.nn.Linear, use_bias=use_bias, dtype=dtype)
-        self.up_proj = linear(size, hidden_size, key=up_key)
-        self.gate_proj = linear(size, hidden_size, key=gate_key) if gated else None
-        self.down_proj = linear(hidden_size, size, key=down_key)
-        self.dropout = eqx.nn.Dropout(float(dropout_p), inference=inference)
-
         self.size = size
-        self.hidden_size = hidden_size
+        self.hidden_size = 4 * size if hidden_size is None else hidden_size
         self.activation = activation
         self.use_bias = use_bias
         self.block_size = block_size
+        self.dropout = eqx.nn.Dropout(float(dropout_p), inference=inference)
+        self._check_options()
+
+        _, gated = _activations[activation]
+        up_key, gate_key, down_key = jr.split(key, 3)
+        linear = ft.partial(eqx.nn.Linear, use_bias=use_bias, dtype=dtype)
+        self.up_proj = linear(size, self.hidden_size, key=up_key)
+        self.gate_proj = linear(size, self.hidden_size, key=gate_key) if gated else None
+        self.down_proj = linear(self.hidden_size, size, key=down_key)
+
+    def __check_init__(self):
+        self._check_options()
+        _, gated = _activations[self.activation]
+        check_linear(self, "up_proj", self.size, self.hidden_size)
+        check_linear(self, "down_proj", self.hidden_size, self.size)
+        if gated:
+            check_linear(self, "gate_proj", self.size, self.hidden_size)
+        elif self.gate_proj is not None:
+            raise ValueError(
+                f"FeedForward: activation {self.activation!r} has no gate, but gate_proj "
+                "is given."
+            )
+
+    def _check_options(self):
+        """What must hold before there are parameters."""
+        check_positive(self, "size", "hidden_size")
+        if self.block_size is not None:
+            check_positive(self, "block_size")
+        if self.activation not in _activations:
+            known = ", ".join(repr(name) for name in _activations)
+            raise ValueError(
+                f"FeedForward: activation must be one of {known}; got {self.activation!r}."
+            )
+        check_dropout(self)
 
     @jax.named_scope("eqa.FeedForward")
     @jaxtyped(typechecker=beartype)
@@ -166,10 +178,7 @@ class FeedForward(eqx.Module):
         A `TypeError` if `x` has a wrong rank, axis or dtype; a `ValueError` if there is
         dropout and `key` is missing.
         """
-        if x.shape[-1] != self.size:
-            raise TypeError(
-                f"FeedForward: x must have shape (seq, {self.size}); got {x.shape}."
-            )
+        check_channels(self, "x", x, self.size)
         inference = self.dropout.inference if inference is None else inference
         if inference or (isinstance(self.dropout.p, float) and self.dropout.p == 0):
             key = None

@@ -1,3 +1,5 @@
+import dataclasses
+import functools as ft
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal
@@ -12,7 +14,12 @@ from jaxtyping import Array, Bool, Float, Int, jaxtyped, PRNGKeyArray
 
 from .._attention import Attention, AttentionConfig
 from .._cache import AbstractCache
-from .._mask import AbstractMask, Dense, Full
+from .._mask import AbstractMask
+from .._tokens import both_positions
+from .checks import check_channels, check_dropout, check_linear, check_positive
+from .heads import normalise, process, project, rms_norm
+from .options import config_of, dropout_of, mask_of
+from .positions import positions
 from .rotary import RotaryEmbedding
 
 
@@ -169,102 +176,82 @@ class MultiheadAttention(eqx.Module):
         `rotary` has another size than `qk_size`, or `dropout_p` is not in [0, 1) or not
         the dropout of `attention`, where both have any.
         """
-        key_size = query_size if key_size is None else key_size
-        value_size = query_size if value_size is None else value_size
-        output_size = query_size if output_size is None else output_size
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        for name, size in (
-            ("num_heads", num_heads),
-            ("num_kv_heads", num_kv_heads),
-            ("query_size", query_size),
-            ("key_size", key_size),
-            ("value_size", value_size),
-            ("output_size", output_size),
-        ):
-            _check_positive(name, size)
-        qk_size = query_size // num_heads if qk_size is None else qk_size
-        vo_size = query_size // num_heads if vo_size is None else vo_size
-        _check_positive("qk_size", qk_size)
-        _check_positive("vo_size", vo_size)
-        if num_heads % num_kv_heads != 0:
-            raise ValueError(
-                "MultiheadAttention: num_kv_heads must divide num_heads; got "
-                f"num_heads={num_heads} and num_kv_heads={num_kv_heads}."
-            )
-        if rotary is not None and rotary.head_dim != qk_size:
-            raise ValueError(
-                "MultiheadAttention: rotary must have a head_dim of qk_size="
-                f"{qk_size}; got one of {rotary.head_dim}."
-            )
-        if not 0 <= dropout_p < 1:
-            raise ValueError(
-                f"MultiheadAttention: dropout_p must be in [0, 1); got {dropout_p}."
-            )
-        if attention is None:
-            attention = AttentionConfig()
-        if dropout_p != 0 and attention.dropout not in (0, dropout_p):
-            raise ValueError(
-                "MultiheadAttention: dropout_p must be that of attention, if both are "
-                f"given; got {dropout_p}, and attention.dropout={attention.dropout}."
-            )
-        dropout_p = dropout_p if attention.dropout == 0 else attention.dropout
-        if isinstance(attention, Attention):
-            inference = inference or attention.inference
-
-        qkey, kkey, vkey, okey = jr.split(key, 4)
-        self.query_proj = eqx.nn.Linear(
-            query_size,
-            num_heads * qk_size,
-            use_bias=use_query_bias,
-            dtype=dtype,
-            key=qkey,
-        )
-        self.key_proj = eqx.nn.Linear(
-            key_size,
-            num_kv_heads * qk_size,
-            use_bias=use_key_bias,
-            dtype=dtype,
-            key=kkey,
-        )
-        self.value_proj = eqx.nn.Linear(
-            value_size,
-            num_kv_heads * vo_size,
-            use_bias=use_value_bias,
-            dtype=dtype,
-            key=vkey,
-        )
-        self.output_proj = eqx.nn.Linear(
-            num_heads * vo_size,
-            output_size,
-            use_bias=use_output_bias,
-            dtype=dtype,
-            key=okey,
-        )
-        self.dropout = eqx.nn.Dropout(float(dropout_p), inference=inference)
-        self.query_norm = self.key_norm = None
-        scale = attention.scale
-        if qk_norm == "rms":
-            self.query_norm = _rms_norm(qk_size, dtype)
-            self.key_norm = _rms_norm(qk_size, dtype)
-        elif qk_norm == "l2" and scale is None:
-            scale = jnp.full((num_heads,), 10.0, self.query_proj.weight.dtype)
-        self.rotary = rotary
-        self.config = _config(attention, scale=scale, dropout=0.0)
-
         self.num_heads = num_heads
-        self.num_kv_heads = num_kv_heads
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        check_positive(self, "num_heads", "num_kv_heads")
         self.query_size = query_size
-        self.key_size = key_size
-        self.value_size = value_size
-        self.output_size = output_size
-        self.qk_size = qk_size
-        self.vo_size = vo_size
+        self.key_size = query_size if key_size is None else key_size
+        self.value_size = query_size if value_size is None else value_size
+        self.output_size = query_size if output_size is None else output_size
+        self.qk_size = query_size // num_heads if qk_size is None else qk_size
+        self.vo_size = query_size // num_heads if vo_size is None else vo_size
         self.use_query_bias = use_query_bias
         self.use_key_bias = use_key_bias
         self.use_value_bias = use_value_bias
         self.use_output_bias = use_output_bias
         self.qk_norm = qk_norm
+        self.rotary = rotary
+
+        attention = AttentionConfig() if attention is None else attention
+        if isinstance(attention, Attention):
+            inference = inference or attention.inference
+        self.dropout = eqx.nn.Dropout(dropout_of(attention, dropout_p), inference)
+        self._check_options()
+
+        linear = ft.partial(eqx.nn.Linear, dtype=dtype)
+        qkey, kkey, vkey, okey = jr.split(key, 4)
+        self.query_proj = linear(
+            query_size, num_heads * self.qk_size, use_query_bias, key=qkey
+        )
+        self.key_proj = linear(
+            self.key_size, self.num_kv_heads * self.qk_size, use_key_bias, key=kkey
+        )
+        self.value_proj = linear(
+            self.value_size, self.num_kv_heads * self.vo_size, use_value_bias, key=vkey
+        )
+        self.output_proj = linear(
+            num_heads * self.vo_size, self.output_size, use_output_bias, key=okey
+        )
+        self.query_norm = rms_norm(self.qk_size, dtype) if qk_norm == "rms" else None
+        self.key_norm = rms_norm(self.qk_size, dtype) if qk_norm == "rms" else None
+        scale = attention.scale
+        if qk_norm == "l2" and scale is None:
+            scale = jnp.full((num_heads,), 10.0, self.query_proj.weight.dtype)
+        self.config = config_of(attention, scale=scale, dropout=0.0)
         self.mesh = getattr(attention, "mesh", None)
+
+    def __check_init__(self):
+        self._check_options()
+        check_linear(self, "query_proj", self.query_size, self.num_heads * self.qk_size)
+        check_linear(self, "key_proj", self.key_size, self.num_kv_heads * self.qk_size)
+        check_linear(self, "value_proj", self.value_size, self.num_kv_heads * self.vo_size)
+        check_linear(self, "output_proj", self.num_heads * self.vo_size, self.output_size)
+        if getattr(self.config, "dropout", None) != 0:
+            raise ValueError("MultiheadAttention: config must leave dropout to `dropout`.")
+        for name in ("query_norm", "key_norm"):
+            norm = getattr(self, name)
+            if (norm is not None) != (self.qk_norm == "rms"):
+                raise ValueError(
+                    f"MultiheadAttention: {name} must be given if and only if qk_norm is "
+                    f"'rms'; got qk_norm={self.qk_norm!r} and {name}={norm}."
+                )
+
+    def _check_options(self):
+        """What must hold before there are parameters."""
+        check_positive(self, "num_heads", "num_kv_heads", "query_size", "key_size")
+        check_positive(self, "value_size", "output_size", "qk_size", "vo_size")
+        check_dropout(self)
+        if self.num_heads % self.num_kv_heads != 0:
+            raise ValueError(
+                "MultiheadAttention: num_kv_heads must divide num_heads; got "
+                f"num_heads={self.num_heads} and num_kv_heads={self.num_kv_heads}."
+            )
+        head_dim = getattr(self.rotary, "head_dim", None)
+        if self.rotary is not None and head_dim != self.qk_size:
+            raise ValueError(
+                "MultiheadAttention: rotary must have a head_dim of qk_size="
+                f"{self.qk_size}; got one of {head_dim}."
+            )
 
     @classmethod
     @jaxtyped(typechecker=beartype)
@@ -293,7 +280,7 @@ class MultiheadAttention(eqx.Module):
     def attention(self) -> Attention:
         """What attends between the projections, for example to
         `mha.attention.explain(...)`."""
-        config = _config(self.config, self.config.scale, self.dropout.p)
+        config = dataclasses.replace(self.config, dropout=self.dropout.p)
         attention = Attention.from_config(config, mesh=self.mesh)
         if self.dropout.inference:
             attention = eqx.nn.inference_mode(attention)
@@ -366,57 +353,28 @@ class MultiheadAttention(eqx.Module):
                 "MultiheadAttention()(deterministic=...) is deprecated "
                 "in favour of MultiheadAttention()(inference=...)"
             )
-        for name, x, size in (
-            ("query", query, self.query_size),
-            ("key_", key_, self.key_size),
-            ("value", value, self.value_size),
-        ):
-            if x.shape[-1] != size:
-                raise TypeError(
-                    f"MultiheadAttention: {name} must have shape (seq, {size}); got "
-                    f"{x.shape}."
-                )
+        check_channels(self, "query", query, self.query_size)
+        check_channels(self, "key_", key_, self.key_size)
+        check_channels(self, "value", value, self.value_size)
         q_seq, kv_seq = query.shape[0], key_.shape[0]
 
-        query_heads = _heads(self.query_proj, query, self.num_heads)
-        key_heads = _heads(self.key_proj, key_, self.num_kv_heads)
-        value_heads = _heads(self.value_proj, value, self.num_kv_heads)
-        if self.query_norm is not None and self.key_norm is not None:
-            query_heads = jax.vmap(jax.vmap(self.query_norm))(query_heads)
-            key_heads = jax.vmap(jax.vmap(self.key_norm))(key_heads)
-        elif self.qk_norm == "l2":
-            query_heads, key_heads = _l2_norm(query_heads), _l2_norm(key_heads)
+        query_heads = project(self.query_proj, query, self.num_heads)
+        key_heads = project(self.key_proj, key_, self.num_kv_heads)
+        value_heads = project(self.value_proj, value, self.num_kv_heads)
+        query_heads = normalise(query_heads, self.qk_norm, self.query_norm)
+        key_heads = normalise(key_heads, self.qk_norm, self.key_norm)
         if process_heads is not None:
-            heads = query_heads, key_heads, value_heads
-            query_heads, key_heads, value_heads = process_heads(*heads)
-            for old, new in zip(heads, (query_heads, key_heads, value_heads)):
-                if old.shape != new.shape:
-                    raise ValueError(
-                        "process_heads must not change the shape of the heads: expected "
-                        f"{old.shape}; got {new.shape}."
-                    )
+            query_heads, key_heads, value_heads = process(
+                process_heads, query_heads, key_heads, value_heads
+            )
 
-        if cache is not None:
-            given = not isinstance(q_positions, str) or q_positions != "start"
-            if given or kv_positions is not None:
-                raise ValueError(
-                    "MultiheadAttention: q_positions and kv_positions must not be given "
-                    "with a cache: they count from its length."
-                )
-            if cache.length.shape != ():
-                raise ValueError(
-                    "MultiheadAttention: cache must have no batch axes (use jax.vmap "
-                    f"for batches); got one of batch {cache.length.shape}."
-                )
-            q_positions = cache.length + jnp.arange(q_seq, dtype=cache.length.dtype)
-            kv_positions = cache.length + jnp.arange(kv_seq, dtype=cache.length.dtype)
+        q_positions, kv_positions = positions(
+            cache, q_positions, kv_positions, q_seq, kv_seq
+        )
         if self.rotary is not None:
-            if isinstance(q_positions, str) and q_positions == "end":
-                if kv_positions is not None:
-                    back = jnp.arange(1 - q_seq, 1, dtype=kv_positions.dtype)
-                    q_positions = kv_positions[-1:] + back
-            query_heads = self.rotary(query_heads, _positions(q_positions, q_seq, kv_seq))
-            key_heads = self.rotary(key_heads, _positions(kv_positions, kv_seq, kv_seq))
+            q, kv = both_positions(q_positions, kv_positions, q_seq, kv_seq)
+            query_heads = self.rotary(query_heads, q)
+            key_heads = self.rotary(key_heads, kv)
         valid = None
         if cache is not None:
             cache = cache.append(key_heads, value_heads)
@@ -426,7 +384,7 @@ class MultiheadAttention(eqx.Module):
             query_heads,
             key_heads,
             value_heads,
-            mask=self._mask(mask, valid, q_seq),
+            mask=mask_of(mask, valid, q_seq, self.num_heads),
             score=score,
             sinks=sinks,
             key=key,
@@ -436,62 +394,3 @@ class MultiheadAttention(eqx.Module):
         )
         out = jax.vmap(self.output_proj)(out.reshape(q_seq, self.num_heads * self.vo_size))
         return out if cache is None else (out, cache)
-
-    def _mask(self, mask: Any, valid: AbstractMask | None, q_seq: int) -> AbstractMask:
-        if mask is None:
-            mask = Full()
-        elif not isinstance(mask, AbstractMask):
-            if mask.shape[:-1] not in ((q_seq,), (self.num_heads, q_seq)):
-                raise TypeError(
-                    "MultiheadAttention: mask must have shape (q_seq, kv_seq) or "
-                    "(num_heads, q_seq, kv_seq), where "
-                    f"q_seq={q_seq} and num_heads={self.num_heads}; got {mask.shape}."
-                )
-            mask = Dense(jnp.asarray(mask))
-        return mask if valid is None else mask & valid
-
-
-def _check_positive(name: str, size: int) -> None:
-    if size < 1:
-        raise ValueError(f"MultiheadAttention: {name} must be positive; got {size}.")
-
-
-def _config(
-    attention: AttentionConfig | Attention, scale: Any, dropout: Any
-) -> AttentionConfig:
-    return AttentionConfig(
-        mechanism=attention.mechanism,
-        mask=attention.mask,
-        score=attention.score,
-        scale=scale,
-        dropout=dropout,
-        precision=attention.precision,
-        dtype=attention.dtype,
-        sharding=attention.sharding,
-    )
-
-
-def _heads(proj: eqx.nn.Linear, x: Array, num_heads: int) -> Array:
-    out = jax.vmap(proj)(x)
-    return out.reshape(out.shape[0], num_heads, out.shape[1] // num_heads)
-
-
-def _rms_norm(size: int, dtype: Any) -> eqx.nn.RMSNorm:
-    return eqx.nn.RMSNorm(size, eps=1e-6, use_bias=False, dtype=dtype)
-
-
-def _l2_norm(x: Array) -> Array:
-    dtype = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
-    y = x.astype(dtype)
-    square = jnp.sum(y * y, axis=-1, keepdims=True)
-    # The constant is for heads of zeros: its square root is nothing beside a length.
-    return (y * jax.lax.rsqrt(square + 1e-12)).astype(x.dtype)
-
-
-def _positions(
-    positions: Literal["start", "end"] | Array | None, seq: int, kv_seq: int
-) -> Array:
-    if positions is None or isinstance(positions, str):
-        first = kv_seq - seq if positions == "end" else 0
-        return jnp.arange(first, first + seq)
-    return positions

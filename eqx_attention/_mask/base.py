@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import wadler_lindig as wl
 from jaxtyping import Array, Bool
 
+from .._static import is_array
 from .._tokens import Bounds, Tile
 
 
@@ -62,15 +63,20 @@ class AbstractMask(eqx.Module):
         - `bounds`: likewise, the least and greatest indices and positions.
         """
 
-    def __and__(self, other: "AbstractMask") -> "AbstractMask":
-        if isinstance(other, AbstractMask):
-            return And(_flatten(And, self) + _flatten(And, other))
-        return NotImplemented
+    def __and__(self, other: Any) -> "AbstractMask":
+        return _combined(And, self, other)
 
-    def __or__(self, other: "AbstractMask") -> "AbstractMask":
-        if isinstance(other, AbstractMask):
-            return Or(_flatten(Or, self) + _flatten(Or, other))
-        return NotImplemented
+    def __rand__(self, other: Any) -> "AbstractMask":
+        return _combined(And, other, self)
+
+    def __or__(self, other: Any) -> "AbstractMask":
+        return _combined(Or, self, other)
+
+    def __ror__(self, other: Any) -> "AbstractMask":
+        return _combined(Or, other, self)
+
+    # So that `array & mask` of NumPy leaves the matter to `__rand__`.
+    __array_ufunc__ = None
 
     def __invert__(self) -> "AbstractMask":
         return self.mask if isinstance(self, Not) else Not(self)
@@ -93,7 +99,7 @@ class And(AbstractMask):
     masks: tuple[AbstractMask, ...]
 
     def __check_init__(self):
-        _check_masks(self)
+        _check_masks(type(self).__name__, self.masks)
 
     def __pdoc__(self, **kwargs) -> wl.AbstractDoc:
         return _joined("& ", self.masks, **kwargs)
@@ -114,7 +120,7 @@ class Or(AbstractMask):
     masks: tuple[AbstractMask, ...]
 
     def __check_init__(self):
-        _check_masks(self)
+        _check_masks(type(self).__name__, self.masks)
 
     def __pdoc__(self, **kwargs) -> wl.AbstractDoc:
         return _joined("| ", self.masks, **kwargs)
@@ -134,6 +140,9 @@ class Not(AbstractMask):
 
     mask: AbstractMask
 
+    def __check_init__(self):
+        _check_masks("Not", (self.mask,))
+
     def __pdoc__(self, **kwargs) -> wl.AbstractDoc:
         return wl.TextDoc("~") + wl.pdoc(self.mask, **kwargs)
 
@@ -152,14 +161,22 @@ def _joined(operator: str, masks: tuple[AbstractMask, ...], **kwargs) -> wl.Abst
     return (wl.TextDoc("(") + inner + wl.TextDoc(")")).group()
 
 
-def _flatten(cls: type[And] | type[Or], mask: AbstractMask) -> tuple[AbstractMask, ...]:
-    return mask.masks if isinstance(mask, cls) else (mask,)
+def _combined(cls: type[And] | type[Or], *masks: Any) -> Any:
+    """What `&` and `|` make of two masks, or of a mask and a boolean array."""
+    from .dense import Dense  # which is a mask, and so is defined after this file
+
+    parts = []
+    for mask in masks:
+        mask = Dense(mask) if is_array(mask) else mask
+        if not isinstance(mask, AbstractMask):
+            return NotImplemented
+        parts.extend(mask.masks if isinstance(mask, cls) else (mask,))
+    return cls(tuple(parts))
 
 
-def _check_masks(mask: And | Or):
-    name = type(mask).__name__
-    if not isinstance(mask.masks, tuple) or not mask.masks:
+def _check_masks(name: str, masks: Any):
+    if not isinstance(masks, tuple) or not masks:
         raise ValueError(f"{name}(masks): expected a non-empty tuple of masks.")
-    for m in mask.masks:
+    for m in masks:
         if not isinstance(m, AbstractMask):
-            raise TypeError(f"{name}(masks): expected masks, got {type(m).__name__}.")
+            raise TypeError(f"{name}: expected masks, got {type(m).__name__}.")

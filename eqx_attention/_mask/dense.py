@@ -6,8 +6,9 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from .._axes import axes
-from .._static import AnyArray, is_array
+from .._arguments import as_array
+from .._axes import axes, ceil_div
+from .._static import AnyArray
 from .._tokens import Bounds, Tile
 from .base import AbstractMask, Summary
 
@@ -26,21 +27,20 @@ class Dense(AbstractMask):
         **Raises:** `TypeError` if it is not a boolean array of at least two axes; and, when
             used, if it does not broadcast.
         """
-        if not is_array(array) or array.dtype != jnp.bool_:
-            got = getattr(array, "dtype", type(array).__name__)
-            raise TypeError(f"Dense(array): expected a boolean array, got {got}.")
-        if array.ndim < 2:
-            raise TypeError(
-                "Dense(array): expected an array of shape '*#batch #q_heads #q_len "
-                f"#kv_len', got shape {array.shape}."
-            )
-        self.array = jnp.asarray(array)
+        self.array = _array(array)
+
+    def __check_init__(self):
+        _array(self.array)
 
     def visible(self, tile: Tile) -> Bool[Array, "#head #query #key"]:
         return self.array
 
     def summary(self, upper: Any, bounds: Bounds) -> Summary:
         return Summary(upper.array, self.array)
+
+
+def _array(x) -> Array:
+    return as_array("Dense(array)", x, "booleans", "... #q_len #kv_len")
 
 
 class BlockMask(AbstractMask):
@@ -59,6 +59,23 @@ class BlockMask(AbstractMask):
     num_not_every: Int[Array, "..."] = axes("batch #head rest rest")
     block_q: int = eqx.field(static=True)
     block_k: int = eqx.field(static=True)
+
+    def __check_init__(self):
+        table = []
+        for name, block in (("q", self.block_q), ("kv", self.block_k)):
+            if block < 1:
+                raise ValueError(f"BlockMask: expected blocks of >= 1 token, got {block}.")
+            where, position = f"{name}_position", getattr(self, f"{name}_position")
+            as_array(f"BlockMask({where})", position, "integers", f"*batch {name}_len")
+            table.append(ceil_div(position.shape[-1], block) + 1)
+        for name in ("num_some", "num_not_every"):
+            counts = getattr(self, name)
+            as_array(f"BlockMask({name})", counts, "integers", "... rows columns")
+            if counts.shape[-2:] != tuple(table):
+                raise ValueError(
+                    f"BlockMask({name}): expected a table of shape {tuple(table)}, got "
+                    f"shape {counts.shape}."
+                )
 
     def visible(self, tile: Tile) -> Bool[Array, "#head #query #key"]:
         position = {"q_position": self.q_position, "kv_position": self.kv_position}

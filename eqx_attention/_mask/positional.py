@@ -5,34 +5,14 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from .._arguments import as_integer
 from .._axes import axes
-from .._static import AnyArray, pdoc, Static, static_or_leaf, unwrap
+from .._static import AnyArray, pdoc, Static, unwrap
 from .._tokens import Bounds, Tile
 from .base import AbstractMask, Or, Summary
 
 
 _Number = Static | Int[Array, "..."]
-
-
-def _integer(where: str, x, least: int | None = None, optional: bool = False):
-    """Stores an argument that is a Python integer, or an integer array `"*#batch"`."""
-    x = static_or_leaf(x)
-    if isinstance(x, Static):
-        value = x.value
-        if value is None and optional:
-            return x
-        if isinstance(value, bool) or not isinstance(value, int):
-            also = " or None" if optional else ""
-            raise TypeError(f"{where}: expected an integer{also}, got {value!r}.")
-        if least is not None and value < least:
-            raise ValueError(f"{where}: expected at least {least}, got {value}.")
-        if not -(2**31) < value < 2**31:
-            raise ValueError(f"{where}: expected a 32-bit integer, got {value}.")
-        return x
-    if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.integer):
-        got = getattr(x, "dtype", type(x).__name__)
-        raise TypeError(f"{where}: expected an integer or an integer array, got {got}.")
-    return x.astype(jnp.int32)
 
 
 class Causal(AbstractMask):
@@ -50,10 +30,10 @@ class Causal(AbstractMask):
             before it are hidden). A Python integer, which is static, or an integer array
             that broadcasts against the batch axes. Default 0.
         """
-        self._offset = _integer("Causal(offset)", offset)
+        self._offset = as_integer("Causal(offset)", offset)
 
     def __check_init__(self):
-        _integer("Causal(offset)", self._offset)
+        as_integer("Causal(offset)", self._offset)
 
     @property
     def offset(self) -> int | Int[Array, "..."]:
@@ -110,12 +90,12 @@ class SlidingWindow(AbstractMask):
 
         **Raises:** `ValueError` if a Python integer is negative.
         """
-        self._left = _integer("SlidingWindow(left)", left, 0, optional=True)
-        self._right = _integer("SlidingWindow(right)", right, 0, optional=True)
+        self._left = as_integer("SlidingWindow(left)", left, 0, optional=True)
+        self._right = as_integer("SlidingWindow(right)", right, 0, optional=True)
 
     def __check_init__(self):
-        _integer("SlidingWindow(left)", self._left, 0, optional=True)
-        _integer("SlidingWindow(right)", self._right, 0, optional=True)
+        as_integer("SlidingWindow(left)", self._left, 0, optional=True)
+        as_integer("SlidingWindow(right)", self._right, 0, optional=True)
 
     @property
     def left(self) -> int | None | Int[Array, "..."]:
@@ -158,10 +138,10 @@ class Prefix(AbstractMask):
 
         **Raises:** `ValueError` if a Python integer is negative.
         """
-        self._length = _integer("Prefix(length)", length, 0)
+        self._length = as_integer("Prefix(length)", length, 0)
 
     def __check_init__(self):
-        _integer("Prefix(length)", self._length, 0)
+        as_integer("Prefix(length)", self._length, 0)
 
     @property
     def length(self) -> int | Int[Array, "..."]:
@@ -221,10 +201,10 @@ class Chunked(AbstractMask):
 
         **Raises:** `ValueError` if a Python integer is not positive.
         """
-        self._size = _integer("Chunked(size)", size, 1)
+        self._size = as_integer("Chunked(size)", size, 1)
 
     def __check_init__(self):
-        _integer("Chunked(size)", self._size, 1)
+        as_integer("Chunked(size)", self._size, 1)
 
     @property
     def size(self) -> int | Int[Array, "..."]:

@@ -6,7 +6,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree
 
 from .._axes import axes
-from .._function import check_function, example_arguments, features, own_params, trace
+from .._function import (
+    arguments_of,
+    check_function,
+    example_arguments,
+    features,
+    own_params,
+    trace,
+)
 from .._static import pdoc
 from .._tokens import Bounds, Tile
 from .base import AbstractMask, Summary
@@ -82,19 +89,14 @@ class Predicate(AbstractMask):
                     f"Predicate(summary): expected it to return a pair, got {out}."
                 )
 
+    def __check_init__(self):
+        features("Predicate(q_features)", self.q_features)
+        features("Predicate(kv_features)", self.kv_features)
+
     __pdoc__ = pdoc
 
     def visible(self, tile: Tile) -> Bool[Array, "#head #query #key"]:
-        visible = jnp.asarray(
-            self.fn(
-                tile.q_position,
-                tile.kv_position,
-                tile.head,
-                self.q_features,
-                self.kv_features,
-                own_params(self.params),
-            )
-        )
+        visible = jnp.asarray(self.fn(*arguments_of(self, tile)))
         return jnp.broadcast_to(visible, jnp.broadcast_shapes(visible.shape, (1, 1, 1)))
 
     def summary(self, upper: Any, bounds: Bounds) -> Summary:

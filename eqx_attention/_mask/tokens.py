@@ -1,5 +1,6 @@
 """Masks that go by what is known of each token, by its index."""
 
+import functools as ft
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,26 +9,11 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Int, Shaped
 
+from .._arguments import as_array, as_integer
 from .._axes import axes
-from .._static import AnyArray, is_array
+from .._static import AnyArray, is_array, pdoc, Static, unwrap
 from .._tokens import Bounds, Tile
 from .base import AbstractMask, Summary
-
-
-def _tokens(where: str, x, least_rank: int, boolean: bool = False):
-    if not is_array(x):
-        raise TypeError(f"{where}: expected an array, got {type(x).__name__}.")
-    x = jnp.asarray(x)
-    kinds = "a boolean or integer" if boolean else "an integer"
-    good = jnp.issubdtype(x.dtype, jnp.integer) or (boolean and x.dtype == jnp.bool_)
-    if not good:
-        raise TypeError(f"{where}: expected {kinds} array, got {x.dtype}.")
-    if x.ndim < least_rank:
-        raise TypeError(
-            f"{where}: expected an array of at least {least_rank} axis, got shape "
-            f"{x.shape}."
-        )
-    return x.astype(bool) if boolean else x.astype(jnp.int32)
 
 
 class Segments(AbstractMask):
@@ -53,9 +39,13 @@ class Segments(AbstractMask):
         **Raises:** `TypeError` if they are not integer arrays; and, when used, if they are
             not as long as the queries (the keys).
         """
-        self.q_ids = _tokens("Segments(q_ids)", q_ids, 1)
-        kv_ids = q_ids if kv_ids is None else kv_ids
-        self.kv_ids = _tokens("Segments(kv_ids)", kv_ids, 1)
+        self.q_ids = _ids("q", q_ids).astype(jnp.int32)
+        kv_ids = self.q_ids if kv_ids is None else kv_ids
+        self.kv_ids = _ids("kv", kv_ids).astype(jnp.int32)
+
+    def __check_init__(self):
+        _ids("q", self.q_ids)
+        _ids("kv", self.kv_ids)
 
     @staticmethod
     def from_lengths(
@@ -70,29 +60,33 @@ class Segments(AbstractMask):
         - `total`: how many tokens there are. Defaults to the sum of `lengths`, which then
             must not be traced. Tokens beyond the documents form one more segment.
 
-        **Raises:** `ValueError` if a length is negative or the documents do not fit.
+        **Raises:** `TypeError` if they are not integers; `ValueError` if one is negative or
+            the documents do not fit.
         """
-        concrete = not isinstance(lengths, Tracer)
-        if concrete:
+        where = "Segments.from_lengths"
+        lengths = _sequence(f"{where}(lengths)", lengths)
+        as_array(f"{where}(lengths)", lengths, "integers", "*batch segments")
+        total = unwrap(as_integer(f"{where}(total)", total, 0, optional=True))
+        if isinstance(lengths, Tracer):
+            if total is None:
+                raise ValueError(
+                    f"{where}(total): expected an integer, as lengths are traced; got None."
+                )
+        else:
             known = np.asarray(lengths)
             sums = known.sum(-1)
+            total = int(sums.max(initial=0)) if total is None else total
             if (known < 0).any():
-                raise ValueError(f"Segments.from_lengths(lengths): negative: {known}.")
-            if total is None:
-                total = int(sums.max())
+                raise ValueError(f"{where}(lengths): expected none < 0, got {known}.")
             if (sums > total).any():
                 raise ValueError(
-                    f"Segments.from_lengths(lengths): the documents have {sums} tokens "
-                    f"in all, which is more than total={total}."
+                    f"{where}(lengths): expected documents of at most total={total} tokens "
+                    f"in all, got {known}, {sums} in all."
                 )
-        if total is None:
-            raise ValueError(
-                "Segments.from_lengths(total): expected an integer, as `lengths` is traced."
-            )
         ends = jnp.cumsum(jnp.asarray(lengths, jnp.int32), axis=-1)
         index = jnp.arange(total, dtype=jnp.int32)
-        ids = (index[:, None] >= ends[..., None, :]).sum(-1, dtype=jnp.int32)
-        return Segments(ids)
+        num_ended = ft.partial(jnp.searchsorted, v=index, side="right")
+        return Segments(jnp.vectorize(num_ended, signature="(n)->(m)")(ends))
 
     def visible(self, tile: Tile) -> Bool[Array, "#head #query #key"]:
         return self.q_ids == self.kv_ids
@@ -103,28 +97,61 @@ class Segments(AbstractMask):
         return Summary(some, every)
 
 
+def _ids(side: str, x) -> Array:
+    return as_array(f"Segments({side}_ids)", x, "integers", f"*#batch {side}_len")
+
+
+def _sequence(where: str, lengths) -> AnyArray:
+    if is_array(lengths):
+        return lengths
+    integers = isinstance(lengths, Sequence) and not any(
+        isinstance(n, bool) or not isinstance(n, int | np.integer) for n in lengths
+    )
+    if not integers:
+        raise TypeError(
+            f"{where}: expected a sequence of integers or an integer array (which may have "
+            f"batch axes), got {lengths!r}."
+        )
+    return np.asarray(lengths, np.int64)
+
+
 class Padding(AbstractMask):
     """The first tokens of each sequence are visible; those after them are padding."""
 
-    kv_lengths: Int[Array, "*batch"] = axes("batch")
-    q_lengths: Int[Array, "*batch"] | None = axes("batch")
+    _kv_lengths: Static | Int[Array, "*batch"] = axes("batch")
+    _q_lengths: Static | Int[Array, "*batch"] = axes("batch")
 
     def __init__(
         self,
-        kv_lengths: Int[AnyArray, "*#batch"],
-        q_lengths: Int[AnyArray, "*#batch"] | None = None,
+        kv_lengths: int | Int[AnyArray, "*#batch"],
+        q_lengths: int | Int[AnyArray, "*#batch"] | None = None,
     ):
         """**Arguments:**
 
-        - `kv_lengths`: how many key tokens of each sequence are visible.
-        - `q_lengths`: how many query tokens of each sequence see anything. Defaults to all.
+        - `kv_lengths`: how many key tokens of each sequence are visible. A Python integer,
+            which is static, or an integer array that broadcasts against the batch axes.
+        - `q_lengths`: likewise, how many query tokens of each sequence see anything.
+            Defaults to all.
 
-        **Raises:** `TypeError` if they are not integer arrays.
+        **Raises:** `TypeError` if they are not integers; `ValueError` if a Python integer
+            is negative.
         """
-        self.kv_lengths = _tokens("Padding(kv_lengths)", kv_lengths, 0)
-        if q_lengths is not None:
-            q_lengths = _tokens("Padding(q_lengths)", q_lengths, 0)
-        self.q_lengths = q_lengths
+        self._kv_lengths = as_integer("Padding(kv_lengths)", kv_lengths, 0)
+        self._q_lengths = as_integer("Padding(q_lengths)", q_lengths, 0, optional=True)
+
+    def __check_init__(self):
+        as_integer("Padding(kv_lengths)", self._kv_lengths, 0)
+        as_integer("Padding(q_lengths)", self._q_lengths, 0, optional=True)
+
+    @property
+    def kv_lengths(self) -> int | Int[Array, "*batch"]:
+        return unwrap(self._kv_lengths)
+
+    @property
+    def q_lengths(self) -> int | Int[Array, "*batch"] | None:
+        return unwrap(self._q_lengths)
+
+    __pdoc__ = pdoc
 
     def visible(self, tile: Tile) -> Bool[Array, "#head #query #key"]:
         visible = tile.kv_index < self.kv_lengths
@@ -136,7 +163,7 @@ class Padding(AbstractMask):
         low, high = bounds
         some = low.kv_index < upper.kv_lengths
         every = high.kv_index < self.kv_lengths
-        if self.q_lengths is not None and upper.q_lengths is not None:
+        if self.q_lengths is not None:
             some = some & (low.q_index < upper.q_lengths)
             every = every & (high.q_index < self.q_lengths)
         return Summary(some, every)
@@ -162,16 +189,24 @@ class Keys(AbstractMask):
         **Raises:** `TypeError` if they are not boolean or integer arrays; and, when used,
             if they are not as long as the keys (the queries).
         """
-        self.kv_valid = _tokens("Keys(kv_valid)", kv_valid, 1, boolean=True)
-        if q_valid is not None:
-            q_valid = _tokens("Keys(q_valid)", q_valid, 1, boolean=True)
-        self.q_valid = q_valid
+        kind = "booleans or integers"
+        self.kv_valid = _valid("kv", kv_valid, kind).astype(bool)
+        self.q_valid = None if q_valid is None else _valid("q", q_valid, kind).astype(bool)
+
+    def __check_init__(self):
+        _valid("kv", self.kv_valid, "booleans")
+        if self.q_valid is not None:
+            _valid("q", self.q_valid, "booleans")
 
     def visible(self, tile: Tile) -> Bool[Array, "#head #query #key"]:
         return self.kv_valid if self.q_valid is None else self.kv_valid & self.q_valid
 
     def summary(self, upper: Any, bounds: Bounds) -> Summary:
         some, every = upper.kv_valid, self.kv_valid
-        if self.q_valid is not None and upper.q_valid is not None:
+        if self.q_valid is not None:
             some, every = some & upper.q_valid, every & self.q_valid
         return Summary(some, every)
+
+
+def _valid(side: str, x, kind: str) -> Array:
+    return as_array(f"Keys({side}_valid)", x, kind, f"*#batch {side}_len")

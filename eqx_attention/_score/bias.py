@@ -1,8 +1,8 @@
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .._arguments import as_array
 from .._axes import axes
-from .._static import AnyArray, is_array
+from .._static import AnyArray
 from .._tokens import Tile
 from .base import AbstractScore
 
@@ -22,17 +22,16 @@ class Bias(AbstractScore):
         **Raises:** `TypeError` if it is not a floating-point array of at least two axes;
             and, when used, if it does not broadcast.
         """
-        if not is_array(array) or not jnp.issubdtype(array.dtype, jnp.floating):
-            got = getattr(array, "dtype", type(array).__name__)
-            raise TypeError(f"Bias(array): expected a floating-point array, got {got}.")
-        if array.ndim < 2:
-            raise TypeError(
-                "Bias(array): expected an array of shape '*#batch #q_heads #q_len "
-                f"#kv_len', got shape {array.shape}."
-            )
-        self.array = jnp.asarray(array)
+        self.array = _array(array)
+
+    def __check_init__(self):
+        _array(self.array)
 
     def __call__(
         self, logit: Float[Array, "head query key"], tile: Tile
     ) -> Float[Array, "head query key"]:
         return logit + self.array.astype(logit.dtype)
+
+
+def _array(x) -> Array:
+    return as_array("Bias(array)", x, "floating-point numbers", "... #q_len #kv_len")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from .._axes import axes
-from .._function import check_function, example_arguments, features, own_params
+from .._function import arguments_of, check_function, example_arguments, features
 from .._static import AnyArray, is_array, is_number, pdoc, Static, static_or_leaf, unwrap
 from .._tokens import Tile
 from .base import AbstractScore
@@ -46,7 +46,6 @@ class SoftCap(AbstractScore):
         **Raises:** `ValueError` if a Python number is not positive and finite.
         """
         self._cap = static_or_leaf(cap)
-        _check_cap(self._cap)
 
     def __check_init__(self):
         _check_cap(self._cap)
@@ -123,18 +122,14 @@ class ScoreFn(AbstractScore):
         arguments = example_arguments(self.q_features, self.kv_features, params)
         check_function("ScoreFn", fn, (logit, *arguments), jnp.floating)
 
+    def __check_init__(self):
+        features("ScoreFn(q_features)", self.q_features)
+        features("ScoreFn(kv_features)", self.kv_features)
+
     __pdoc__ = pdoc
 
     def __call__(
         self, logit: Float[Array, "head query key"], tile: Tile
     ) -> Float[Array, "head query key"]:
-        out = self.fn(
-            logit,
-            tile.q_position,
-            tile.kv_position,
-            tile.head,
-            self.q_features,
-            self.kv_features,
-            own_params(self.params),
-        )
+        out = self.fn(logit, *arguments_of(self, tile))
         return jnp.broadcast_to(jnp.asarray(out, logit.dtype), logit.shape)

@@ -4,11 +4,11 @@ import math
 
 import equinox as eqx
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
+from .._arguments import as_array
 from .._axes import axes
-from .._static import AnyArray, is_array
+from .._static import AnyArray
 from .._tokens import Tile
 from .base import AbstractScore
 
@@ -41,7 +41,10 @@ class ALiBi(AbstractScore):
 
         **Raises:** `TypeError` if it is not a floating-point array of one axis.
         """
-        self.slopes = _float_array("ALiBi(slopes)", slopes, 1)
+        self.slopes = _slopes(slopes)
+
+    def __check_init__(self):
+        _slopes(self.slopes)
 
     @staticmethod
     def standard(num_heads: int) -> "ALiBi":
@@ -110,19 +113,22 @@ class RelativeBias(AbstractScore):
             `ValueError` if there are too few buckets or `max_distance` is not beyond the
             distances that have a bucket of their own.
         """
-        self.table = _float_array("RelativeBias(table)", table, 2)
+        self.table = _table(table)
         self.bidirectional = bidirectional
         self.max_distance = max_distance
-        exact = self.table.shape[0] // (4 if bidirectional else 2)
-        if exact < 1 or (bidirectional and self.table.shape[0] % 2):
+
+    def __check_init__(self):
+        num_buckets = _table(self.table).shape[0]
+        exact = num_buckets // (4 if self.bidirectional else 2)
+        if exact < 1 or (self.bidirectional and num_buckets % 2):
             raise ValueError(
                 "RelativeBias(table): expected an even number of at least 4 buckets if "
-                f"bidirectional, else at least 2; got {self.table.shape[0]}."
+                f"bidirectional, else at least 2; got {num_buckets}."
             )
-        if max_distance <= exact:
+        if self.max_distance <= exact:
             raise ValueError(
                 f"RelativeBias(max_distance): expected more than {exact}, the number of "
-                f"distances with a bucket of their own; got {max_distance}."
+                f"distances with a bucket of their own; got {self.max_distance}."
             )
 
     def buckets(self, distance: Int[Array, "..."], num_buckets: int) -> Int[Array, "..."]:
@@ -156,10 +162,9 @@ class RelativeBias(AbstractScore):
         return logit + table[:, bucket[0]]
 
 
-def _float_array(where: str, x, rank: int) -> Array:
-    if not is_array(x) or not jnp.issubdtype(x.dtype, jnp.floating):
-        got = getattr(x, "dtype", type(x).__name__)
-        raise TypeError(f"{where}: expected a floating-point array, got {got}.")
-    if np.ndim(x) != rank:
-        raise TypeError(f"{where}: expected {rank} axes, got shape {x.shape}.")
-    return jnp.asarray(x)
+def _slopes(x) -> Array:
+    return as_array("ALiBi(slopes)", x, "floating-point numbers", "q_heads")
+
+
+def _table(x) -> Array:
+    return as_array("RelativeBias(table)", x, "floating-point numbers", "buckets q_heads")

@@ -1,0 +1,42 @@
+"""How what is given to a layer combines with its `attention` and with its cache."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from .._attention import Attention, AttentionConfig
+from .._mask import AbstractMask, Dense, Full
+
+
+def config_of(attention: AttentionConfig | Attention, **changed: Any) -> AttentionConfig:
+    """The options of a config or of a module, with some of them changed."""
+    names = [field.name for field in dataclasses.fields(AttentionConfig)]
+    return AttentionConfig(**({n: getattr(attention, n) for n in names} | changed))
+
+
+def dropout_of(attention: AttentionConfig | Attention, dropout_p: float) -> float:
+    """The dropout that is given in one of two places, or in both alike."""
+    if dropout_p != 0 and attention.dropout not in (0, dropout_p):
+        raise ValueError(
+            "MultiheadAttention: dropout_p must be that of attention, if both are given; "
+            f"got {dropout_p}, and attention.dropout={attention.dropout}."
+        )
+    return float(dropout_p if attention.dropout == 0 else attention.dropout)
+
+
+def mask_of(
+    mask: Any, valid: AbstractMask | None, q_seq: int, num_heads: int
+) -> AbstractMask:
+    """The mask of a call, `&`-ed with that of a cache."""
+    if mask is None:
+        mask = Full()
+    elif not isinstance(mask, AbstractMask):
+        if mask.shape[:-1] not in ((q_seq,), (num_heads, q_seq)):
+            raise TypeError(
+                "MultiheadAttention: mask must have shape (q_seq, kv_seq) or "
+                f"(num_heads, q_seq, kv_seq), where q_seq={q_seq} and "
+                f"num_heads={num_heads}; got {mask.shape}."
+            )
+        mask = Dense(jnp.asarray(mask))
+    return mask if valid is None else mask & valid
