@@ -109,15 +109,18 @@ class Blockwise(AbstractMechanism):
         Float[Array, "batch q_len q_heads value_dim"], Float[Array, "batch q_len q_heads"]
     ]:
         tiles, overlaps = grid(request, self.blocks(request)), (False, True)
-        q, k, v = (
-            heads_first(request, x) for x in (request.query, request.key_, request.value)
-        )
+        k, v = heads_first(request, request.key_), heads_first(request, request.value)
         table = lists(kinds(request, tiles, overlaps))
+
+        sizes = tiles.sizes
+        heads, head_dim = sizes.heads * request.groups, request.query.shape[-1]
+        q_shape = (sizes.batch, sizes.query, heads, head_dim)
 
         def row(carry, n):
             b, h, i = _place(tiles, n, tiles.counts.query)
             columns, full, some = table.row(b, h, i)
-            q_tile = _take(q, tiles, b, h, 0, i)
+            start = (b * tiles.sizes.batch, tiles.starts(0, i), _head(tiles, h), 0)
+            q_tile = heads_first(request, slice_at(request.query, start, q_shape))
 
             def tile(masked, t, state):
                 j = columns[t]
@@ -147,7 +150,6 @@ class Blockwise(AbstractMechanism):
             out, top, total = _loop(tile, full, some, state, request, tiles, overlaps)
             lse = jnp.where(total == 0, -jnp.inf, top + jnp.log(total))
             out = out / jnp.where(total == 0, 1, total)[..., None]
-            start = (b * tiles.sizes.batch, tiles.starts(0, i), _head(tiles, h), 0)
             return (
                 write_at(carry[0], start, tokens_first(out)),
                 write_at(carry[1], start[:3], lse.swapaxes(1, 2)),
@@ -272,9 +274,9 @@ def _take(x: Array, tiles: Grid, b, h, axis: int, n) -> Array:
 
 def _loop(tile, full, some, state, request: Request, tiles: Grid, overlaps):
     """Runs over a row's FULL tiles without masking, then over its PARTIAL ones."""
-    if always_masked(tiles) and not never_masked(request, tiles, overlaps):
+    if never_masked(request, tiles, overlaps):
+        return lax.fori_loop(0, full, ft.partial(tile, False), state)
+    if always_masked(tiles):
         return lax.fori_loop(0, some, ft.partial(tile, True), state)
     state = lax.fori_loop(0, full, ft.partial(tile, False), state)
-    if never_masked(request, tiles, overlaps):
-        return state
     return lax.fori_loop(full, some, ft.partial(tile, True), state)
