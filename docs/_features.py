@@ -3,6 +3,8 @@
 Run by `_hooks.py` when the documentation is built; nothing that it prints is committed.
 """
 
+import pathlib
+import runpy
 from collections.abc import Callable
 
 import eqx_attention as eqa
@@ -133,13 +135,14 @@ _table: dict[str, dict[str, Callable]] = {
 
 
 def _mechanisms() -> dict[str, eqa.AbstractMechanism]:
-    """Those that do arithmetic: all that are public but `Auto`, which chooses."""
+    """Those that do arithmetic anywhere: all that are public but `Auto`, which chooses, and
+    those for GPUs, which have a table of their own."""
     return {
         name: cls()
         for name, cls in sorted(vars(eqa).items())
         if isinstance(cls, type)
         and issubclass(cls, eqa.AbstractMechanism)
-        and cls not in (eqa.AbstractMechanism, eqa.Auto)
+        and cls not in (eqa.AbstractMechanism, eqa.Auto, eqa.CuDNN, eqa.Flash)
     }
 
 
@@ -172,6 +175,21 @@ def markdown() -> str:
     return "\n".join(lines)
 
 
+def _support_on_gpus() -> dict[str, tuple[tuple[str, ...], tuple[int, ...], Callable]]:
+    """The table that benchmarks/gpu_check.py holds the mechanisms to."""
+    path = pathlib.Path(__file__).parent.parent / "benchmarks" / "gpu_check.py"
+    return runpy.run_path(str(path))["SUPPORT"]
+
+
+def markdown_of_gpus() -> str:
+    lines = ["| | `Flash` | `CuDNN` |", "| --- | :-: | :-: |"]
+    for name, (able, *_) in _support_on_gpus().items():
+        cells = ("✓" if mechanism in able else "—" for mechanism in ("flash", "cudnn"))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     with jax.enable_x64(True):
         print(markdown())
+    print(f"\n## On GPUs\n\n{markdown_of_gpus()}")

@@ -48,6 +48,8 @@ from ._mechanism import (
     AbstractMechanism as AbstractMechanism,
     Auto as Auto,
     Blockwise as Blockwise,
+    CuDNN as CuDNN,
+    Flash as Flash,
     Vanilla as Vanilla,
 )
 from ._partial import merge as merge

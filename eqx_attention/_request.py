@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from ._axes import axes, canonical, prod, Sizes
 from ._dropout import dropout
+from ._dtype import accumulation_dtype
 from ._errors import UnsupportedError
 from ._mask import AbstractMask
 from ._mechanism import AbstractMechanism, Pairs, Request
@@ -79,7 +80,10 @@ def request_of(call: Call) -> Request:
         q,
         kv,
     )
-    return Request(query, key_, value, pairs, call.precision, call.platform)
+    # A sink changes the output once more, which is to be rounded once.
+    result = call.query.dtype
+    result = result if call.sinks is None else accumulation_dtype(result)
+    return Request(query, key_, value, pairs, call.precision, call.platform, result)
 
 
 def _tokens(call: Call, sizes: Sizes) -> tuple[Tokens, Tokens]:

@@ -1,5 +1,6 @@
 """What the tests are parametrised by."""
 
+import equinox as eqx
 import eqx_attention as eqa
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,19 @@ def operands(shape: Shape, dtype=jnp.float32, seed: int = 0):
 def square(length: int, heads: int = 2, dim: int = 8, batch=(), dtype=jnp.float32):
     shape = Shape(batch, length, length, heads, heads, dim, dim)
     return operands(shape, dtype)
+
+
+def compiled(fn, *args):
+    """`fn(*args)`, compiled as a whole: a test that calls `vmap` or `grad` eagerly spends
+    its time on compiling one operation after another. With few of XLA's optimisations,
+    which would take longer than what they save."""
+    return fast_jit(fn)(*args)
+
+
+def fast_jit(fn):
+    return eqx.filter_jit(  # pyright: ignore[reportCallIssue]
+        fn, compiler_options={"xla_backend_optimization_level": 0}
+    )
 
 
 def assert_close(x, y, tolerance: float):

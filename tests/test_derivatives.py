@@ -1,6 +1,7 @@
 """Reverse, forward and both, of every float array, against a dense float64 reference."""
 
 import functools as ft
+from unittest import mock
 
 import eqx_attention as eqa
 import jax
@@ -10,7 +11,7 @@ import pytest
 from eqx_attention import testing
 from eqx_attention.testing import Shape
 
-from .helpers import assert_close, operands
+from .helpers import assert_close, compiled, fast_jit, operands
 
 
 SHAPE = Shape((2,), 13, 17, 4, 2, 8, 5)
@@ -68,7 +69,28 @@ def _with(name):
     return ft.partial(_loss, ft.partial(eqa.attend, mechanism=MECHANISMS[name]))
 
 
-_expected = ft.partial(_loss, testing.reference)
+def _reference(*args, **kwargs):
+    """That draws the bits of dropout for itself, which can not be done in `jit`."""
+    kept = "eqx_attention.testing._reference._dropout_mask"
+    with mock.patch(kept, lambda *_: _kept()):
+        return testing.reference(*args, **kwargs)
+
+
+@ft.cache
+def _kept():
+    with jax.ensure_compile_time_eval():
+        mask = eqa.dropout_mask(jax.random.key(1), 0.3, (2,), 4, 13, 17)
+        return np.asarray(mask)
+
+
+_expected = ft.partial(_loss, _reference)
+
+
+@ft.cache
+def _expected_product():
+    """The Hessian times a direction."""
+    x, t = _arguments(), _direction()
+    return compiled(lambda x, t: jax.jvp(jax.grad(_expected), (x,), (t,))[1], x, t)
 
 
 def _direction():
@@ -79,13 +101,18 @@ def _direction():
 @pytest.mark.parametrize("name", list(MECHANISMS))
 def test_reverse(name):
     x = _arguments()
-    assert_close(jax.grad(_with(name))(x), jax.grad(_expected)(x), 1e-12)
+    expected = compiled(jax.grad(_expected), x)
+    assert_close(compiled(jax.grad(_with(name)), x), expected, 1e-12)
 
 
 @pytest.mark.parametrize("name", list(MECHANISMS))
 def test_forward(name):
     x, t = _arguments(), _direction()
-    assert_close(jax.jvp(_with(name), (x,), (t,)), jax.jvp(_expected, (x,), (t,)), 1e-12)
+
+    def tangent(fn):
+        return compiled(lambda x, t: jax.jvp(fn, (x,), (t,)), x, t)
+
+    assert_close(tangent(_with(name)), tangent(_expected), 1e-12)
 
 
 @pytest.mark.parametrize("moving", ["q", "k", "v", "bias", "sinks", "scale"])
@@ -93,7 +120,8 @@ def test_forward_in_one_argument(moving):
     x, t = _arguments(), _direction()
 
     def tangent(fn):
-        return jax.jvp(lambda y: fn({**x, moving: y}), (x[moving],), (t[moving],))
+        along = lambda x, t: jax.jvp(lambda y: fn({**x, moving: y}), (x[moving],), (t,))  # noqa: E731
+        return compiled(along, x, t[moving])
 
     assert_close(tangent(_with("blockwise")), tangent(_expected), 1e-12)
 
@@ -102,11 +130,10 @@ def test_forward_in_one_argument(moving):
 def test_hessian_vector_product(name):
     x, t = _arguments(), _direction()
 
-    def forward_over_reverse(fn):
-        return jax.jvp(jax.grad(fn), (x,), (t,))[1]
+    def forward_over_reverse(x, t):
+        return jax.jvp(jax.grad(_with(name)), (x,), (t,))[1]
 
-    expected = forward_over_reverse(_expected)
-    assert_close(forward_over_reverse(_with(name)), expected, 1e-11)
+    assert_close(compiled(forward_over_reverse, x, t), _expected_product(), 1e-11)
 
 
 def test_reverse_over_reverse():
@@ -116,22 +143,21 @@ def test_reverse_over_reverse():
         gradient = jax.grad(_with("blockwise"))(y)
         return sum(jnp.vdot(a, b) for a, b in zip(*map(jax.tree.leaves, (gradient, t))))
 
-    expected = jax.jvp(jax.grad(_expected), (x,), (t,))[1]
-    assert_close(jax.grad(inner)(x), expected, 1e-11)
+    assert_close(compiled(jax.grad(inner), x), _expected_product(), 1e-11)
 
 
 def test_reverse_over_forward():
     x, t = _arguments(), _direction()
     inner = lambda y: jax.jvp(_with("blockwise"), (y,), (t,))[1]  # noqa: E731
-    expected = jax.jvp(jax.grad(_expected), (x,), (t,))[1]
-    assert_close(jax.grad(inner)(x), expected, 1e-11)
+    assert_close(compiled(jax.grad(inner), x), _expected_product(), 1e-11)
 
 
 def test_forward_over_forward():
     x, t = _arguments(), _direction()
 
     def twice(fn):
-        return jax.jvp(lambda y: jax.jvp(fn, (y,), (t,))[1], (x,), (t,))
+        once = lambda y: jax.jvp(fn, (y,), (t,))[1]  # noqa: E731
+        return compiled(lambda x: jax.jvp(once, (x,), (t,)), x)
 
     assert_close(twice(_with("blockwise")), twice(_expected), 1e-11)
 
@@ -142,13 +168,15 @@ def test_lse_alone():
     def loss(attend, q, k):
         return attend(q, k, k, mask=eqa.Causal(), return_lse=True)[1].sum()
 
+    def derivatives(attend):
+        def both(q, k):
+            fn = ft.partial(loss, attend)
+            return [d(fn, argnums=(0, 1))(q, k) for d in (jax.grad, jax.hessian)]
+
+        return compiled(both, q[:, :5], k[:, :5])
+
     ours = ft.partial(eqa.attend, mechanism=MECHANISMS["blockwise"])
-    for differentiate in (jax.grad, jax.hessian):
-        found = differentiate(ft.partial(loss, ours), argnums=(0, 1))(q[:, :5], k[:, :5])
-        expected = ft.partial(loss, testing.reference)
-        assert_close(
-            found, differentiate(expected, argnums=(0, 1))(q[:, :5], k[:, :5]), 1e-11
-        )
+    assert_close(derivatives(ours), derivatives(testing.reference), 1e-11)
 
 
 @pytest.mark.parametrize("name", list(MECHANISMS))
@@ -157,9 +185,9 @@ def test_per_example_gradients(name):
     x = _arguments()
     queries = jnp.stack([x["q"], 2 * x["q"], x["q"] + 1])
     gradient = lambda q: jax.grad(_with(name))({**x, "q": q})  # noqa: E731
-    one_by_one = [gradient(q) for q in queries]
+    one_by_one = list(map(fast_jit(gradient), queries))
     assert_close(
-        jax.vmap(gradient)(queries),
+        compiled(jax.vmap(gradient), queries),
         jax.tree.map(lambda *a: jnp.stack(a), *one_by_one),
         1e-12,
     )
@@ -172,9 +200,9 @@ def test_per_example_products():
     def product(bias):
         return jax.jvp(jax.grad(_with("blockwise")), ({**x, "bias": bias},), (t,))[1]
 
-    one_by_one = [product(bias) for bias in biases]
+    one_by_one = list(map(fast_jit(product), biases))
     expected = jax.tree.map(lambda *a: jnp.stack(a), *one_by_one)
-    assert_close(jax.vmap(product)(biases), expected, 1e-11)
+    assert_close(compiled(jax.vmap(product), biases), expected, 1e-11)
 
 
 def test_gradient_of_a_merge():
@@ -202,10 +230,10 @@ def test_gradient_of_a_merge():
         out, lse = testing.reference(q, k, v, mask=eqa.Causal(), return_lse=True)
         return jnp.sin(out).sum() + (lse**2).sum()
 
-    argnums = (0, 1, 2)
-    assert_close(
-        jax.grad(split, argnums)(q, k, v), jax.grad(whole, argnums)(q, k, v), 1e-12
+    found, expected = (
+        compiled(jax.grad(fn, argnums=(0, 1, 2)), q, k, v) for fn in (split, whole)
     )
+    assert_close(found, expected, 1e-12)
 
 
 @pytest.mark.parametrize("name", list(MECHANISMS))
@@ -214,12 +242,12 @@ def test_hop_contract(name):
     from eqx_attention._options import as_scale
     from eqx_attention._request import Call, request_of
 
-    q, k, v = operands(SHAPE, jnp.float64)
+    args = operands(SHAPE, jnp.float64)
     dout = jnp.asarray(np.random.default_rng(2).standard_normal((2, 13, 4, 5)))
     dlse = jnp.asarray(np.random.default_rng(3).standard_normal((2, 13, 4)))
     mechanism = MECHANISMS[name]
 
-    def request(part):
+    def request(part, q, k, v):
         call = Call(
             query=q,
             key_=k[:, part],
@@ -238,13 +266,16 @@ def test_hop_contract(name):
         )
         return request_of(call)
 
-    everything = request(slice(0, 17))
-    out, lse = mechanism.forward(everything)
-    dq, dk, dv, _ = mechanism.backward(everything, out, lse, dout, dlse, ())
-    hops = [
-        mechanism.backward(request(part), out, lse, dout, dlse, ())
-        for part in (slice(0, 5), slice(5, 17))
-    ]
+    @fast_jit
+    def backward(q, k, v, dout, dlse):
+        everything = request(slice(0, 17), q, k, v)
+        out, lse = mechanism.forward(everything)
+        return [
+            mechanism.backward(request(part, q, k, v), out, lse, dout, dlse, ())[:3]
+            for part in (slice(0, 17), slice(0, 5), slice(5, 17))
+        ]
+
+    (dq, dk, dv), *hops = backward(*args, dout, dlse)
     assert_close(sum(h[0] for h in hops), dq, 1e-12)
     assert_close(jnp.concatenate([h[1] for h in hops], axis=1), dk, 1e-12)
     assert_close(jnp.concatenate([h[2] for h in hops], axis=1), dv, 1e-12)

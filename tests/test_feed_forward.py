@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from eqx_attention import blockwise, FeedForward
 
+from .helpers import compiled, fast_jit
+
 
 def _loss(module, x, block_size, **kwargs):
     if block_size is None:
@@ -78,12 +80,14 @@ def test_blockwise_derivatives(x64, key):
         return _loss(mlp, x, block_size)[0]
 
     def hvp(block_size):
-        return jax.jvp(jax.grad(lambda x: f(x, block_size)), (x,), (v,))
+        grad = jax.grad(lambda x: f(x, block_size))
+        return compiled(lambda x, v: jax.jvp(grad, (x,), (v,)), x, v)
 
     _tree_allclose(hvp(3), hvp(None), atol=1e-12)
     xs = jnp.stack([x, v])
-    out = jax.vmap(lambda x: blockwise(mlp, x, 3))(xs)
-    np.testing.assert_allclose(out, jax.vmap(jax.vmap(mlp))(xs), atol=1e-12)
+    out = compiled(jax.vmap(lambda x: blockwise(mlp, x, 3)), xs)
+    expected = compiled(lambda xs: jax.vmap(jax.vmap(mlp))(xs), xs)
+    np.testing.assert_allclose(out, expected, atol=1e-12)
 
 
 def test_blockwise_low_precision_gradient():
@@ -151,7 +155,7 @@ def test_feed_forward(activation, use_bias, x64, key):
     np.testing.assert_allclose(ff(x), linear(ff.down_proj, hidden), atol=1e-13)
 
 
-@pytest.mark.parametrize("block_size", (None, 1, 4, 5, 11, 20))
+@pytest.mark.parametrize("block_size", (None, 1, 4, 20))
 def test_feed_forward_dropout(block_size, x64, key):
     """The same bits, and so the same gradients, in blocks of any size."""
 
@@ -163,14 +167,15 @@ def test_feed_forward_dropout(block_size, x64, key):
         return jnp.sum(jnp.sin(y)), y
 
     x = jr.normal(key, (11, 4))
-    grad = eqx.filter_jit(eqx.filter_value_and_grad(loss, has_aux=True))
+    grad = fast_jit(eqx.filter_value_and_grad(loss, has_aux=True))
     (_, out), grads = grad(make(block_size), jr.key(1))
     (_, expected), expected_grads = grad(make(3), jr.key(1))
     np.testing.assert_allclose(out, expected, atol=1e-13)
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads)):
         np.testing.assert_allclose(a, b, atol=1e-12)
-    assert not jnp.allclose(out, make(block_size)(x, inference=True))
-    assert not jnp.allclose(out, make(block_size)(x, key=jr.key(2)))
+    ff = make(block_size)
+    assert not jnp.allclose(out, compiled(lambda x: ff(x, inference=True), x))
+    assert not jnp.allclose(out, grad(ff, jr.key(2))[0][1])
 
 
 def test_feed_forward_inference(key):
@@ -211,7 +216,7 @@ def test_feed_forward_transforms(key):
 
     expected = xs
     for i in range(3):
-        layer = eqx.combine(jax.tree.map(lambda a: a[i], arrays), static)
+        layer = fast_jit(eqx.combine(jax.tree.map(lambda a: a[i], arrays), static))
         expected = jnp.stack([layer(x) for x in expected])
     np.testing.assert_allclose(stack(xs), expected, atol=1e-6)
 

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from eqx_attention import MultiheadAttention
 
+from .helpers import compiled, fast_jit
+
 
 _close = lambda a, b, atol=1e-5: np.testing.assert_allclose(a, b, atol=atol)  # noqa: E731
 
@@ -325,8 +327,8 @@ def test_cache(mask, mechanism, key):
     """Chunk by chunk = token by token = one call = without a cache."""
     mha, init = _cached(mask, key, mechanism)
     x = jr.normal(key, (11, 24))
-    expected = mha(x, x, x)
-    call = eqx.filter_jit(lambda mha, x, cache: mha(x, x, x, cache=cache))
+    expected = compiled(mha, x, x, x)
+    call = fast_jit(lambda mha, x, cache: mha(x, x, x, cache=cache))
     for chunks in ([11], [4, 4, 1, 1, 1]):
         cache, outs = init(), []
         for chunk in jnp.split(x, list(it.accumulate(chunks))[:-1]):
@@ -335,7 +337,7 @@ def test_cache(mask, mechanism, key):
         _close(jnp.concatenate(outs), expected)
         assert cache.length == 11
 
-    @eqx.filter_jit
+    @fast_jit
     def decode(cache, x):
         def token(cache, x):
             out, cache = mha(x, x, x, cache=cache)
@@ -354,10 +356,10 @@ def test_cache_vmap(key):
     """A batch in which each sequence is as long as it likes."""
     mha, init = _cached(eqa.Causal(), key)
     xs = jr.normal(key, (2, 8, 24))
-    expected = jax.vmap(mha)(xs, xs, xs)
+    expected = compiled(lambda xs: jax.vmap(mha)(xs, xs, xs), xs)
     cache = init((2,))
     for row, n in enumerate((5, 2)):
-        _, one = mha(*3 * [xs[row, :n]], cache=init())
+        _, one = compiled(lambda x: mha(x, x, x, cache=init()), xs[row, :n])
         cache = jax.tree.map(lambda b, o: b.at[row].set(o), cache, one)
     step = eqx.filter_jit(jax.vmap(lambda x, c: mha(x, x, x, cache=c)))
     out, cache = step(jnp.stack([xs[0, 5:8], xs[1, 2:5]]), cache)
@@ -371,14 +373,20 @@ def test_cache_masks(key):
     mha, init = _cached(eqa.Causal(), key)
     x = jr.normal(key, (8, 24))
     mask = jr.bernoulli(key, 0.6, (4, 8, 8)).at[..., 0].set(True)
-    expected = mha(x, x, x, mask)
     wide = jnp.pad(mask, ((0, 0), (0, 0), (0, 6)))
-    out1, cache = mha(*3 * [x[:5]], wide[:, :5], cache=init())
-    out2, _ = mha(*3 * [x[5:]], wide[:, 5:], cache=cache)
-    _close(jnp.concatenate([out1, out2]), expected)
     valid = jnp.arange(14) != 1
-    out, _ = mha(x, x, x, eqa.Keys(valid), cache=init())
-    _close(out, mha(x, x, x, eqa.Keys(valid[:8])))
+
+    def without_cache(x):
+        return mha(x, x, x, mask), mha(x, x, x, eqa.Keys(valid[:8]))
+
+    def with_cache(x):
+        out1, cache = mha(*3 * [x[:5]], wide[:, :5], cache=init())
+        out2, _ = mha(*3 * [x[5:]], wide[:, 5:], cache=cache)
+        out, _ = mha(x, x, x, eqa.Keys(valid), cache=init())
+        return jnp.concatenate([out1, out2]), out
+
+    for out, expected in zip(compiled(with_cache, x), compiled(without_cache, x)):
+        _close(out, expected)
 
 
 def test_cache_of_another_sequence(key):

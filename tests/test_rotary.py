@@ -17,6 +17,8 @@ from eqx_attention import (
 )
 from hypothesis import given, strategies as st
 
+from .helpers import compiled, fast_jit
+
 
 def _reference_frequencies(d, theta, scaling):
     """One channel at a time, in float64, from the definitions."""
@@ -140,10 +142,11 @@ def test_relative(q, k, shift, scaling, interleaved):
     rotary = RotaryEmbedding(16, 10_000.0, scaling, interleaved)
     x, y = jr.normal(jr.key(q), (2, 1, 1, 16))
 
+    @fast_jit
     def product(q, k):
-        q, k = jnp.array([q]), jnp.array([k])
-        return jnp.sum(rotary(x, q) * rotary(y, k))
+        return jnp.sum(rotary(x, q[None]) * rotary(y, k[None]))
 
+    q, k, shift = map(jnp.asarray, (q, k, shift))
     np.testing.assert_allclose(
         product(q, k), product(q + shift, k + shift), atol=5e-3, rtol=1e-3
     )
@@ -153,12 +156,12 @@ def test_batches(key):
     rotary = RotaryEmbedding(8, scaling=LinearScaling(2.0))
     x = jr.normal(key, (2, 3, 5, 4, 8))
     positions = jr.randint(key, (2, 3, 5), 0, 100)
-    out = rotary(x, positions)
-    vmapped = jax.vmap(jax.vmap(rotary))(x, positions)
+    out = compiled(rotary, x, positions)
+    vmapped = compiled(jax.vmap(jax.vmap(rotary)), x, positions)
     np.testing.assert_allclose(out, vmapped, atol=1e-6)
-    shared = rotary(x, positions[0, 0])
+    shared = compiled(rotary, x, positions[0, 0])
     np.testing.assert_allclose(shared[0, 0], out[0, 0], atol=1e-6)
-    broadcast = rotary(x, positions[:, :1])
+    broadcast = compiled(rotary, x, positions[:, :1])
     np.testing.assert_allclose(broadcast[:, 0], out[:, 0], atol=1e-6)
 
 
@@ -181,7 +184,7 @@ def test_pytree(key):
     x = jr.normal(key, (5, 2, 8))
     out = eqx.filter_jit(rotary)(x, jnp.arange(5))
     np.testing.assert_allclose(out, rotary(x, jnp.arange(5)), atol=1e-6)
-    grad = jax.grad(lambda x: jnp.sum(rotary(x, jnp.arange(5)) ** 2))(x)
+    grad = compiled(jax.grad(lambda x: jnp.sum(rotary(x, jnp.arange(5)) ** 2)), x)
     np.testing.assert_allclose(
         grad, 2 * x * rotary.scaling.magnitude() ** 2, rtol=1e-4, atol=1e-4
     )

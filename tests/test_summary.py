@@ -13,7 +13,7 @@ from eqx_attention._mechanism.plan import grid, kinds
 from eqx_attention.testing import Shape
 from hypothesis import given, strategies as st
 
-from .helpers import MASKS, operands
+from .helpers import compiled, MASKS, operands
 
 
 SHAPE = Shape((2,), 13, 29, 4, 2, 2, 2)
@@ -42,13 +42,14 @@ def _tables(mask, shape: Shape, block_q: int, block_k: int, **positions):
         def explain(self, request):
             return "spy"
 
-    jax.block_until_ready(
-        eqa.attend(*operands(shape), mask=mask, mechanism=Spy(), **positions)
-    )
+    def call(q, k, v):
+        out = eqa.attend(q, k, v, mask=mask, mechanism=Spy(), **positions)
+        return out, eqa.attention_weights(q, k, v, mask=mask, **positions)
+
+    _, weights = compiled(call, *operands(shape))
     jax.effects_barrier()
-    some, every = captured[0]
-    weights = eqa.attention_weights(*operands(shape), mask=mask, **positions)
     seen = np.asarray(weights > 0)
+    some, every = captured[0]
     seen = seen.reshape(-1, *seen.shape[-3:])
     groups = shape.q_heads // shape.kv_heads
     seen = seen.reshape(len(seen), shape.kv_heads, groups, *seen.shape[-2:])

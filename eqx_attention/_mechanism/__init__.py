@@ -6,5 +6,7 @@ from .base import (
     Request as Request,
 )
 from .blockwise import Blockwise as Blockwise
+from .cudnn import CuDNN as CuDNN
+from .flash import Flash as Flash
 from .primitive import attention as attention
 from .vanilla import Vanilla as Vanilla

@@ -2,7 +2,9 @@ from jaxtyping import Array, Float
 
 from .base import AbstractMechanism, Blocks, Gradients, Request
 from .blockwise import Blockwise
-from .vanilla import Vanilla
+from .cudnn import CuDNN
+from .flash import Flash
+from .vanilla import Vanilla, weights_bytes
 
 
 # Up to this many bytes of weights, one tile is as fast as many: benchmarks/cpu.py.
@@ -12,14 +14,17 @@ _SMALL = 2**21
 class Auto(AbstractMechanism):
     """Chooses among the mechanisms that support a request; `explain` says which and why.
 
-    [`eqx_attention.Vanilla`][] where its weights are small, as for short sequences and for
-    few queries; [`eqx_attention.Blockwise`][] otherwise.
+    On a GPU, [`eqx_attention.Flash`][] or else [`eqx_attention.CuDNN`][], where they
+    support it. Otherwise [`eqx_attention.Vanilla`][] where its weights are small, as for
+    short sequences and for few queries, and [`eqx_attention.Blockwise`][] where not.
     """
 
     def choose(self, request: Request) -> tuple[AbstractMechanism, str]:
         """The mechanism chosen, and why."""
-        batch, q_len, heads, _ = request.query.shape
-        size = batch * heads * q_len * request.key_.shape[1] * request.dtype.itemsize
+        for kernels in (Flash(), CuDNN()):
+            if not kernels.unsupported(request):
+                return kernels, "its kernels support this call"
+        size = weights_bytes(request)
         mib, limit = size / 2**20, _SMALL / 2**20
         if size <= _SMALL:
             return Vanilla(), f"its weights are {mib:.2f} MiB, at most {limit:.0f} MiB"
@@ -41,7 +46,7 @@ class Auto(AbstractMechanism):
         out: Float[Array, "batch q_len q_heads value_dim"],
         lse: Float[Array, "batch q_len q_heads"],
         dout: Float[Array, "batch q_len q_heads value_dim"],
-        dlse: Float[Array, "batch q_len q_heads"],
+        dlse: Float[Array, "batch q_len q_heads"] | None,
         wrt: tuple[int, ...],
     ) -> Gradients:
         return self.choose(request)[0].backward(request, out, lse, dout, dlse, wrt)

@@ -1,5 +1,5 @@
 from abc import abstractmethod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -35,6 +35,8 @@ class Request(eqx.Module):
     - `key_`: `"batch kv_len kv_heads head_dim"`
     - `value`: `"batch kv_len kv_heads value_dim"`
     - `platform`: `"cpu"`, `"gpu"` or `"tpu"`, where this will run.
+    - `result_dtype`: that of the output and of the gradients of `query`, `key_` and
+        `value`: the dtype of accumulation where they are only a part of the whole.
     """
 
     query: Float[Array, "batch q_len q_heads head_dim"]
@@ -43,6 +45,7 @@ class Request(eqx.Module):
     pairs: Pairs
     precision: str | None = eqx.field(static=True)
     platform: str = eqx.field(static=True)
+    result_dtype: Any = eqx.field(static=True)
 
     @property
     def dtype(self):
@@ -105,8 +108,8 @@ class AbstractMechanism(eqx.Module):
 
         **Returns:**
 
-        `(out, lse)`, both in the dtype of accumulation. Rows that see no key are 0 and
-        $-\\infty$.
+        `(out, lse)`, both in the dtype of accumulation, or `out` in that of the result.
+        Rows that see no key are 0 and $-\\infty$.
         """
 
     @abstractmethod
@@ -116,7 +119,7 @@ class AbstractMechanism(eqx.Module):
         out: Float[Array, "batch q_len q_heads value_dim"],
         lse: Float[Array, "batch q_len q_heads"],
         dout: Float[Array, "batch q_len q_heads value_dim"],
-        dlse: Float[Array, "batch q_len q_heads"],
+        dlse: Float[Array, "batch q_len q_heads"] | None,
         wrt: tuple[int, ...],
     ) -> Gradients:
         """The gradient of `forward`.
@@ -126,12 +129,13 @@ class AbstractMechanism(eqx.Module):
         - `request`: as for `forward`.
         - `out`, `lse`: what `forward` gave; or the same over more keys than the request
             holds, and then this is the request's part of the whole gradient.
-        - `dout`, `dlse`: the cotangents of these.
+        - `dout`, `dlse`: the cotangents of these; `dlse` may be `None`, which is zero.
         - `wrt`: which of the leaves of `request.pairs` to differentiate too, by number.
 
         **Returns:**
 
-        `(dq, dk, dv, dleaves)`, in the dtype of accumulation.
+        `(dq, dk, dv, dleaves)`, in the dtype of accumulation, or the first three in that
+        of the result.
         """
 
     @abstractmethod

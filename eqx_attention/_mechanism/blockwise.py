@@ -170,7 +170,7 @@ class Blockwise(AbstractMechanism):
         out: Float[Array, "batch q_len q_heads value_dim"],
         lse: Float[Array, "batch q_len q_heads"],
         dout: Float[Array, "batch q_len q_heads value_dim"],
-        dlse: Float[Array, "batch q_len q_heads"],
+        dlse: Float[Array, "batch q_len q_heads"] | None,
         wrt: tuple[int, ...],
     ) -> Gradients:
         tiles, overlaps = grid(request, self.blocks(request)), (True, True)

@@ -33,22 +33,24 @@ def attention(mechanism: AbstractMechanism, request: Request) -> tuple[Array, Ar
 
 
 def _forward(mechanism: AbstractMechanism, request: Request):
-    return mechanism.forward(request)
+    out, lse = mechanism.forward(request)
+    return out.astype(request.result_dtype), lse
 
 
 def _forward_shape(mechanism: AbstractMechanism, request: Request):
     batch, q_len, heads, _ = request.query.shape
     out = (batch, q_len, heads, request.value.shape[-1])
-    return _like(request, out), _like(request, out[:-1])
+    return _like(request, out, request.result_dtype), _like(request, out[:-1])
 
 
-def _like(request: Request, shape: tuple[int, ...]) -> ShapedArray:
+def _like(request: Request, shape: tuple[int, ...], dtype: Any = None) -> ShapedArray:
     like: Any = request.query
+    dtype = request.dtype if dtype is None else dtype
     if like.manual_axis_type.empty:
-        return ShapedArray(shape, request.dtype)
+        return ShapedArray(shape, dtype)
     sharding = NamedSharding(like.sharding.mesh, P(*(None for _ in shape)))
     mat = {"manual_axis_type": like.manual_axis_type}
-    return ShapedArray(shape, request.dtype, sharding=sharding, **mat)
+    return ShapedArray(shape, dtype, sharding=sharding, **mat)
 
 
 def _forward_jvp(primals, tangents):
@@ -84,7 +86,9 @@ def _tangent_transpose(inputs, cotangents):
     linear = (*tangents, *tleaves)
     undefined = [isinstance(x, ad.UndefinedPrimal) for x in linear]
     keep = [n for n, u in enumerate(undefined[3:]) if u]
-    arguments = (mechanism, request, out, lse, *cotangents, tuple(wrt[n] for n in keep))
+    dout, dlse = cotangents
+    dout = _or_zeros(out, dout)
+    arguments = (mechanism, request, out, lse, dout, dlse, tuple(wrt[n] for n in keep))
     dq, dk, dv, found = eqxi.filter_primitive_bind(_backward_p, *arguments)
     grads = dict(zip([0, 1, 2, *(3 + n for n in keep)], (dq, dk, dv, *found)))
     cts = [
@@ -96,14 +100,16 @@ def _tangent_transpose(inputs, cotangents):
 
 
 def _backward(mechanism, request, out, lse, dout, dlse, wrt) -> Gradients:
-    return mechanism.backward(request, out, lse, dout, dlse, wrt)
+    grads = mechanism.backward(request, out, lse, dout, dlse, wrt)
+    dq, dk, dv = (x.astype(request.result_dtype) for x in grads[:3])
+    return dq, dk, dv, grads[3]
 
 
 def _backward_shape(mechanism, request, out, lse, dout, dlse, wrt):
     leaves = jax.tree.leaves(request.pairs)
-    like = (request.query, request.key_, request.value, *(leaves[n] for n in wrt))
-    dq, dk, dv, *dleaves = (_like(request, x.shape) for x in like)
-    return dq, dk, dv, tuple(dleaves)
+    inputs = (request.query, request.key_, request.value)
+    dq, dk, dv = (_like(request, x.shape, request.result_dtype) for x in inputs)
+    return dq, dk, dv, tuple(_like(request, leaves[n].shape) for n in wrt)
 
 
 def _backward_jvp(primals, tangents):
@@ -178,6 +184,7 @@ def _fold_request(fold, request: Request, axes: Request, whole=frozenset()) -> R
         jax.tree.unflatten(treedef, leaves),
         request.precision,
         request.platform,
+        request.result_dtype,
     )
 
 
@@ -245,7 +252,7 @@ def _primitive(name: str, impl, shape, jvp, batch, transpose=None):
     batching.primitive_batchers[primitive] = eqxi.filter_primitive_batching(batch)
     mlir.register_lowering(primitive, mlir.lower_fun(run, multiple_results=True))
     if transpose is not None:
-        rule = eqxi.filter_primitive_transpose(transpose, materialise_zeros=True)
+        rule = eqxi.filter_primitive_transpose(transpose)
         ad.primitive_transposes[primitive] = rule
     return primitive
 

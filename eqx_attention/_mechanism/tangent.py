@@ -87,7 +87,8 @@ def tangent(
     _, (tout, tlse) = lax.scan(group, None, xs)
     tout = _join(tout, tiles).swapaxes(1, 2)
     tlse = _join(tlse[..., None], tiles).swapaxes(1, 2)[..., 0]
-    return tout - out * tlse[..., None], tlse
+    tout = tout - out.astype(request.dtype) * tlse[..., None]
+    return tout.astype(request.result_dtype), tlse
 
 
 def transpose(
@@ -96,10 +97,11 @@ def transpose(
     out: Array,
     lse: Array,
     dout: Array,
-    dlse: Array,
+    dlse: Array | None,
     wrt: tuple[int, ...],
 ) -> Gradients:
     """`mechanism.backward`, by transposition of `tangent`: to be differentiated."""
+    dlse = jnp.zeros_like(lse) if dlse is None else dlse
     leaves = jax.tree.leaves(request.pairs)
 
     def linear(tangents, tleaves):
@@ -108,7 +110,7 @@ def transpose(
     like = ((request.query, request.key_, request.value), tuple(leaves[n] for n in wrt))
     arguments = jax.tree.map(lambda x: x.astype(request.dtype), like)
     dqkv, dleaves = jax.linear_transpose(linear, *arguments)((dout, dlse))
-    return (*dqkv, dleaves)
+    return (*(x.astype(request.result_dtype) for x in dqkv), dleaves)
 
 
 def _split(x: Array, tiles: Grid, axis: int) -> Array:

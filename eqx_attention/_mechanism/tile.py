@@ -184,8 +184,11 @@ def row_terms(request: Request, out, lse, dout, dlse):
     """
     empty = jnp.isneginf(lse)[..., None]
     q = jnp.where(empty, 0, request.query)
-    dout = jnp.where(empty, 0, dout)
-    delta = (dout * out).sum(-1) - jnp.where(empty[..., 0], 0, dlse)
+    out = out.astype(request.dtype)
+    dout = jnp.where(empty, 0, dout.astype(request.dtype))
+    delta = (dout * out).sum(-1)
+    if dlse is not None:
+        delta = delta - jnp.where(empty[..., 0], 0, dlse)
     lse = jnp.where(empty[..., 0], jnp.inf, lse)
     dout = tokens_first(dout)
     return heads_first(request, q), (lse.swapaxes(1, 2), dout, delta.swapaxes(1, 2))

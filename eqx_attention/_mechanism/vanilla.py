@@ -47,7 +47,7 @@ class Vanilla(AbstractMechanism):
         out: Float[Array, "batch q_len q_heads value_dim"],
         lse: Float[Array, "batch q_len q_heads"],
         dout: Float[Array, "batch q_len q_heads value_dim"],
-        dlse: Float[Array, "batch q_len q_heads"],
+        dlse: Float[Array, "batch q_len q_heads"] | None,
         wrt: tuple[int, ...],
     ) -> Gradients:
         tile = _whole(request)
@@ -68,9 +68,7 @@ class Vanilla(AbstractMechanism):
         return Blocks(batch, heads, q_len, kv_len)
 
     def explain(self, request: Request) -> str:
-        batch, q_len, heads, _ = request.query.shape
-        size = batch * heads * q_len * request.key_.shape[1] * request.dtype.itemsize
-        return f"vanilla: materialises weights of {size / 2**20:.1f} MiB"
+        return f"vanilla: materialises weights of {weights_bytes(request) / 2**20:.1f} MiB"
 
     def _weights(self, request: Request):
         tile = _whole(request)
@@ -82,6 +80,12 @@ class Vanilla(AbstractMechanism):
         total = weights.sum(axis=-1, keepdims=True)
         lse = jnp.log(total) + top
         return tile, weights / jnp.where(total == 0, 1, total), lse[..., 0]
+
+
+def weights_bytes(request: Request) -> int:
+    """How large the weights of all pairs are, in the dtype of accumulation."""
+    batch, q_len, heads, _ = request.query.shape
+    return batch * heads * q_len * request.key_.shape[1] * request.dtype.itemsize
 
 
 def _whole(request: Request) -> TileOf:

@@ -1,0 +1,1 @@
+"""Kernels for GPUs, in Pallas' Mosaic GPU dialect. Imported only when used."""

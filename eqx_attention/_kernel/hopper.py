@@ -1,0 +1,64 @@
+"""What the Hopper kernels share: layouts, shared memory, named barriers, loads."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
+
+
+TILE = plgpu.Layout.WGMMA
+ROW, COLUMN = TILE.reduce(1), TILE.reduce(0)
+LOG2E = 1.4426950408889634
+THREADS = 128  # of a warpgroup
+
+
+def smem(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Shared memory that the matrix units read: in tiles of 8 rows, swizzled."""
+    bits = jnp.dtype(dtype).itemsize * 8
+    swizzle = 128 if shape[-1] * bits % 1024 == 0 else 64
+    tiling = plgpu.TilingTransform((8, swizzle * 8 // bits))
+    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
+
+
+def _named_barrier(operation: str, name: Any, threads: int) -> None:
+    """Of the 16 barriers of a block: cheaper than those in shared memory, and no phases."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT(()),))
+    def bar(_, name):
+        void = ir.Type.parse("!llvm.void")
+        code = f"bar.{operation} $0, {threads};"
+        registers = [name.registers[()]]
+        llvm.inline_asm(void, registers, code, "r", has_side_effects=True)
+
+    bar(jnp.asarray(name, jnp.int32))
+
+
+def arrive(name: Any, threads: int) -> None:
+    _named_barrier("arrive", name, threads)
+
+
+def sync(name: Any, threads: int) -> None:
+    _named_barrier("sync", name, threads)
+
+
+def iota(size: int, axis: int, shape: tuple[int, int]) -> jax.Array:
+    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=TILE)
+
+
+def full(shape: tuple[int, ...], value: float, layout: Any) -> jax.Array:
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+
+def along(x: jax.Array, shape: tuple[int, int], axis: int) -> jax.Array:
+    """One number a row (`axis` 0) or column (1), on a whole tile."""
+    return lax.broadcast_in_dim(x, shape, [axis])
+
+
+def whole_rows(x: jax.Array) -> jax.Array:
+    """Pads the tokens of `(batch, len, heads, dim)` to a multiple of 8: what the copy
+    engine needs. Beyond that, it reads zeros, and writes nothing."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0)))

@@ -1,0 +1,281 @@
+"""Attention on Hopper, forward: FlashAttention-3's schedule with any mask and score.
+
+A block of threads has one warpgroup that copies keys and values into shared memory, and
+two or three that compute, each on 64 queries. They take turns: while one of them has the
+matrix units, another computes its softmax.
+
+??? cite
+
+    [FlashAttention-3: Fast and Accurate Attention with Asynchrony and
+    Low-precision](https://arxiv.org/abs/2407.08608)
+
+    ```bibtex
+    @inproceedings{shah2024flashattention3,
+        title={Flash{A}ttention-3: Fast and Accurate Attention with Asynchrony and
+               Low-precision},
+        author={Shah, Jay and Bikshandi, Ganesh and Zhang, Ying and Thakkar, Vijay and
+                Ramani, Pradeep and Dao, Tri},
+        booktitle={Advances in Neural Information Processing Systems},
+        year={2024}
+    }
+    ```
+"""
+
+import functools as ft
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from .._mechanism.base import Request
+from .._score import ALiBi, SoftCap
+from .hopper import (
+    along,
+    arrive,
+    full,
+    LOG2E,
+    ROW,
+    smem,
+    sync,
+    THREADS,
+    TILE,
+    whole_rows,
+)
+from .schedule import place_of, section
+from .tables import never_masked, table
+from .terms import folded_scale, keep_fn, logit_fn, Place, terms_of, visible_fn
+
+
+# Of the 16 named barriers of a block, Mosaic GPU uses the first ones.
+_TURN, _DONE = 5, 8
+
+
+class Blocks(NamedTuple):
+    """How the forward kernel is cut: queries of a warpgroup, keys of a tile, how many tiles
+    of keys are in flight, how many warpgroups compute."""
+
+    query: int = 64
+    key: int = 128
+    stages: int = 2
+    warpgroups: int = 2
+
+    @property
+    def rows(self) -> int:
+        """Queries of a block of threads."""
+        return self.query * self.warpgroups
+
+
+def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
+    """`(out, lse)`, as of a mechanism; `out` is in the result's dtype.
+
+    **Raises:** `NotElementwise` if a mask or a score does more than a kernel can.
+    """
+    q, k, v = (whole_rows(x) for x in (request.query, request.key_, request.value))
+    batch, q_len, heads, head_dim = request.query.shape
+    value_dim = v.shape[-1]
+    groups, dtype = request.groups, q.dtype
+    stages, warpgroups = blocks.stages, blocks.warpgroups
+    rows = -(-q_len // blocks.rows)
+    tiles = table(request, blocks.rows, blocks.key)
+    scale = folded_scale(request.pairs)
+    may_mask = not never_masked(request, blocks.key)
+    terms = terms_of(
+        request,
+        blocks.rows,
+        blocks.key,
+        {
+            "visible": visible_fn(request, blocks.key) if may_mask else None,
+            "logit": logit_fn if scale is None else None,
+            "keep": keep_fn if request.pairs.dropout is not None else None,
+        },
+    )
+    hides = any(not isinstance(s, ALiBi | SoftCap) for s in request.pairs.score)
+    factor = LOG2E * (1.0 if scale is None else scale)
+    shape = (blocks.query, blocks.key)
+    order = place_of(batch, heads, rows, section(request) * groups)
+
+    def kernel(q_ref, k_ref, v_ref, columns_ref, full_ref, some_ref, *refs):
+        *inputs, out_ref, lse_ref = refs[: terms.count + 2]
+        ((q_smem, k_smem), (out_smem,)), v_smem, lse_smem, *barriers = refs[
+            terms.count + 2 :
+        ]
+        q_ready, k_ready, v_ready, k_free, v_free = barriers
+        # The last rows come first: under a causal mask, they are the longest.
+        b, h, i = order(lax.axis_index("block"))
+        i = rows - 1 - i
+        kv_head = lax.div(h, groups) if groups > 1 else h
+        wg = lax.axis_index("warpgroup")
+        row = tiles.at(b, kv_head, i)
+        whole, some = full_ref[row], some_ref[row]
+
+        def give_turn():
+            if warpgroups == 2:
+                arrive(_TURN + 1 - wg, 2 * THREADS)
+
+        def take_turn():
+            if warpgroups == 2:
+                sync(_TURN + wg, 2 * THREADS)
+
+        @pl.when(wg < warpgroups)
+        def _compute():
+            plgpu.set_max_registers(240 if warpgroups == 2 else 160, action="increase")
+            q_base = i * blocks.rows + wg * blocks.query
+            mine = pl.ds(q_base, blocks.query)
+            plgpu.copy_gmem_to_smem(q_ref.at[b, mine, h], q_smem.at[wg], q_ready.at[wg])
+            given = terms.given(inputs)
+            place = Place(b, h, q_base, 0, shape)
+            held = {name: term.load(place) for name, term in given.items()}
+
+            def loads(masked, t):
+                """What the terms are given of a tile."""
+                use = [n for n in given if masked or n != "visible"]
+                if not use:
+                    return None, {}
+                k_base = columns_ref[(*row, t)] * blocks.key
+                here = place._replace(key=k_base)
+                return k_base, {n: given[n].load(here, held[n]) for n in use}
+
+            def softmax(masked, products, loaded, top, total):
+                """Unnormalised weights, for the matrix units; the new maxima and sums; and
+                by how much the old ones shrink."""
+                k_base, loaded = loaded
+                here = place._replace(key=k_base)
+                at = {n: given[n].at(xs, here) for n, xs in loaded.items()}
+                logits = at["logit"](0, products) if "logit" in at else products
+                if "visible" in at:
+                    logits = jnp.where(at["visible"](), logits, -jnp.inf)
+                new = jnp.maximum(top, logits.max(axis=1) * factor)
+                base = jnp.where(new == -jnp.inf, 0.0, new) if masked or hides else new
+                decay = jnp.exp2(top - base)
+                weights = jnp.exp2(logits * factor - along(base, shape, 0))
+                total = total * decay + weights.sum(axis=1)
+                if "keep" in at:
+                    weights = jnp.where(at["keep"](), weights, 0.0)
+                return weights.astype(dtype), new, total, decay
+
+            def over_keys(out_acc):
+                def first(acc):
+                    plgpu.wgmma(acc, q_smem.at[wg], k_smem.at[0].T)
+                    loaded = loads(may_mask, 0)
+                    return acc[...], loaded
+
+                def step(masked, t, carry):
+                    weights, top, total = carry
+                    slot, before = lax.rem(t, stages), lax.rem(t - 1, stages)
+
+                    def products(acc):
+                        plgpu.barrier_wait(k_ready.at[slot])
+                        take_turn()
+                        plgpu.wgmma(acc, q_smem.at[wg], k_smem.at[slot].T)
+                        plgpu.barrier_wait(v_ready.at[before])
+                        plgpu.wgmma(out_acc, weights, v_smem.at[before])
+                        give_turn()
+                        loaded = loads(masked, t)
+                        products = plgpu.wgmma_accumulator_load(acc, wait_n=1)
+                        plgpu.barrier_arrive(k_free.at[slot])
+                        # The softmax of this tile, while the one before it is attended to.
+                        return softmax(masked, products, loaded, top, total)
+
+                    accumulator = plgpu.WGMMAAccumulatorRef(shape, jnp.float32)
+                    weights, top, total, decay = pl.run_scoped(products, accumulator)
+                    out = plgpu.wgmma_accumulator_load(out_acc, wait_n=0)
+                    plgpu.barrier_arrive(v_free.at[before])
+                    out_acc[...] = out * along(decay, out.shape, 0)
+                    return weights, top, total
+
+                plgpu.barrier_wait(k_ready.at[0])
+                products, loaded = pl.run_scoped(
+                    first, plgpu.WGMMAAccumulatorRef(shape, jnp.float32)
+                )
+                plgpu.barrier_arrive(k_free.at[0])
+                top = full((blocks.query,), -jnp.inf, ROW)
+                total = full((blocks.query,), 0.0, ROW)
+                *carry, _ = softmax(may_mask, products, loaded, top, total)
+                pl.when(wg == 1)(give_turn)
+                carry = lax.fori_loop(1, whole, ft.partial(step, False), tuple(carry))
+                if may_mask:
+                    begin = jnp.maximum(whole, 1)
+                    carry = lax.fori_loop(begin, some, ft.partial(step, True), carry)
+                weights, top, total = carry
+                last = lax.rem(some - 1, stages)
+                plgpu.barrier_wait(v_ready.at[last])
+                plgpu.wgmma(out_acc, weights, v_smem.at[last])
+                return out_acc[...], top, total
+
+            plgpu.barrier_wait(q_ready.at[wg])
+            accumulator = plgpu.WGMMAAccumulatorRef((blocks.query, value_dim), jnp.float32)
+            out, top, total = pl.run_scoped(over_keys, accumulator)
+            lse = jnp.where(total == 0, -jnp.inf, (top + jnp.log2(total)) * (1 / LOG2E))
+            kept = 1 - request.pairs.dropout.rate if request.pairs.dropout else 1.0
+            # Nothing but values of NaN (or infinity) makes this one: see `Flash`.
+            lse = lse + (out * 0.0).sum(axis=1)
+            inverse = 1 / (jnp.where(total == 0, 1.0, total) * kept)
+            # The other warpgroup may still read what this overwrites.
+            sync(_DONE, warpgroups * THREADS)
+            out_smem[wg] = (out * along(inverse, out.shape, 0)).astype(request.result_dtype)
+            lse_smem[wg] = lse
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(out_smem.at[wg], out_ref.at[b, mine, h])
+            plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[b, h, mine])
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(wg == warpgroups)
+        def _copy():
+            plgpu.set_max_registers(24 if warpgroups == 2 else 32, action="decrease")
+
+            def load(t, _):
+                slot = lax.rem(t, stages)
+                keys = (b, pl.ds(columns_ref[(*row, t)] * blocks.key, blocks.key), kv_head)
+
+                def one(ref, smem, ready, free):
+                    @pl.when(t >= stages)
+                    def _():
+                        plgpu.barrier_wait(free.at[slot])
+
+                    plgpu.copy_gmem_to_smem(ref.at[keys], smem.at[slot], ready.at[slot])
+
+                one(k_ref, k_smem, k_ready, k_free)
+                one(v_ref, v_smem, v_ready, v_free)
+
+            lax.fori_loop(0, some, load, None)
+
+    free = plgpu.Barrier(num_barriers=stages, num_arrivals=warpgroups)
+    ready = plgpu.Barrier(num_barriers=stages)
+    out, lse = plgpu.kernel(
+        kernel,
+        out_type=(
+            jax.ShapeDtypeStruct((*q.shape[:3], value_dim), request.result_dtype),
+            jax.ShapeDtypeStruct((batch, heads, rows * blocks.rows), jnp.float32),
+        ),
+        scratch_types=(
+            plgpu.RefUnion(
+                (
+                    smem((warpgroups, blocks.query, head_dim), dtype),
+                    smem((stages, blocks.key, head_dim), dtype),
+                ),
+                (smem((warpgroups, blocks.query, value_dim), request.result_dtype),),
+            ),
+            smem((stages, blocks.key, value_dim), dtype),
+            plgpu.SMEM((warpgroups, blocks.query), jnp.float32),
+            plgpu.Barrier(num_barriers=warpgroups),
+            ready,
+            ready,
+            free,
+            free,
+        ),
+        grid=(batch * heads * rows,),
+        grid_names=("block",),
+        num_threads=warpgroups + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            unsafe_no_auto_barriers=True,
+            reduction_scratch_bytes=0,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+        ),
+        kernel_name="eqx_attention_forward",
+    )(q, k, v, *tiles, *terms.arrays)
+    return out[:, :q_len], lse[..., :q_len].swapaxes(1, 2)

@@ -1,0 +1,241 @@
+"""An elementwise function of a (query, key) pair, split into what is computed outside of a
+kernel and what is computed in it.
+
+The function is traced at one pair, into a graph. What belongs to one side alone (a query, a
+key, a head) is computed outside, once for each token, by any operation of JAX; only what
+joins the two sides is computed in the kernel, on a whole tile at once, and that must be
+elementwise. So a function may look into a table by head or by feature, and yet costs the
+kernel one load for each row.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend.core import Literal
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array
+
+from .hopper import COLUMN, ROW, TILE
+
+
+HEAD, QUERY, KEY, PAIR = "head", "query", "key", "pair"
+_AXES = ("batch", HEAD, QUERY, KEY)
+# What Mosaic GPU computes elementwise; the rest must belong to one side.
+_ELEMENTWISE = frozenset(
+    """abs add add_any and clamp convert_element_type cos div eq erf exp exp2 ge gt integer_pow le
+    log log1p logistic lt max min mul ne neg not one_minus_square or pow rem rsqrt select_n
+    shift_left shift_right_arithmetic shift_right_logical sign sin sqrt square sub tanh
+    xor""".split()
+)
+_SHAPE = frozenset(
+    "broadcast_in_dim copy copy_p expand_dims reshape squeeze stop_gradient transpose".split()
+)
+_CALLS = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call")
+
+
+class NotElementwise(Exception):
+    """What a function does to pairs that a kernel cannot."""
+
+
+class Node(NamedTuple):
+    """One value of the graph. `axes` are those on which it depends."""
+
+    primitive: Any
+    params: dict[str, Any]
+    inputs: tuple[Any, ...]
+    axes: frozenset[str]
+    inside: bool
+    number: int
+    dtype: Any
+
+
+class Graph:
+    """A function of a pair, as nodes.
+
+    Each argument is said to be of some axes, and either an array known outside of the
+    kernel or something that the kernel knows by itself.
+    """
+
+    def __init__(
+        self, fn: Callable, arguments: Sequence[Any], axes: Sequence[frozenset[str]], known
+    ):
+        """`known[n]` is whether argument `n` is an array from outside."""
+        closed = jax.make_jaxpr(fn)(*arguments)
+        self.count = 0
+        roots = [
+            self._node(None, {"argument": n}, (), a, not k, x.dtype)
+            for n, (x, a, k) in enumerate(zip(arguments, axes, known, strict=True))
+        ]
+        self.outputs = self._run(closed.jaxpr, closed.consts, roots)
+        self.inputs: list[Node] = []
+        seen: set[int] = set()
+        for out in self.outputs:
+            self._collect(out, seen)
+
+    def _node(self, primitive, params, inputs, axes, inside, dtype) -> Node:
+        self.count += 1
+        return Node(primitive, params, inputs, axes, inside, self.count, dtype)
+
+    def _run(self, jaxpr, consts, arguments) -> list[Any]:
+        env: dict[Any, Any] = dict(zip(jaxpr.invars, arguments, strict=True))
+        env |= {v: np.asarray(c) for v, c in zip(jaxpr.constvars, consts, strict=True)}
+
+        def read(v):
+            return np.asarray(v.val, v.aval.dtype) if isinstance(v, Literal) else env[v]
+
+        for eqn in jaxpr.eqns:
+            inputs = tuple(read(v) for v in eqn.invars)
+            name = eqn.primitive.name
+            if name in _CALLS:
+                inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+                inner_consts = getattr(inner, "consts", ())
+                inner = getattr(inner, "jaxpr", inner)
+                outs = self._run(inner, inner_consts, inputs)
+            else:
+                outs = [self._apply(eqn, name, inputs)]
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return [read(v) for v in jaxpr.outvars]
+
+    def _apply(self, eqn, name: str, inputs) -> Any:
+        nodes = [x for x in inputs if isinstance(x, Node)]
+        axes = frozenset().union(*(x.axes for x in nodes))
+        joins = PAIR in axes or {QUERY, KEY} <= axes
+        # Scalars of a head come from outside; a side's own words stay in the kernel while
+        # they are made of nothing but what it knows by itself.
+        sided = [x for x in nodes if x.axes & {QUERY, KEY, PAIR}]
+        inside = joins or (bool(sided) and all(x.inside for x in sided))
+        simple = name in _ELEMENTWISE or name in _SHAPE
+        if joins and not simple:
+            raise NotElementwise(name)
+        dtype = getattr(eqn.outvars[0].aval, "dtype", None)
+        inside = inside and simple
+        if len(eqn.outvars) != 1:
+            raise NotElementwise(name)
+        return self._node(eqn.primitive, eqn.params, inputs, axes, inside, dtype)
+
+    def _collect(self, x: Any, seen: set[int]) -> None:
+        """Finds the values that the kernel is given."""
+        if not isinstance(x, Node) or x.number in seen:
+            return
+        seen.add(x.number)
+        if not x.inside:
+            self.inputs.append(x)
+            return
+        for y in x.inputs:
+            self._collect(y, seen)
+
+    def outside(self, arguments: Sequence[Array]) -> list[Array]:
+        """The values of `inputs`, of the axes (batch, head, query, key), each of its full
+        size or of one; `arguments` are of these axes and those of the pair's own."""
+        memo: dict[int, Array] = {}
+
+        def value(x):
+            if not isinstance(x, Node):
+                return jnp.asarray(x)[None, None, None, None]
+            if x.number not in memo:
+                if x.primitive is None:
+                    memo[x.number] = arguments[x.params["argument"]]
+                else:
+                    operands = [value(y) for y in x.inputs]
+                    memo[x.number] = _mapped(x.primitive, x.params, operands)
+            return memo[x.number]
+
+        return [value(x).reshape(value(x).shape[:4]) for x in self.inputs]
+
+    def inside(
+        self, values: Sequence["Value"], arguments: dict[int, "Value"], shape: tuple
+    ) -> "Evaluation":
+        """Of a tile of `shape` in a kernel: `values` are those of `inputs`, and `arguments`
+        are what the kernel knows by itself."""
+        memo = {x.number: v for x, v in zip(self.inputs, values, strict=True)}
+        return Evaluation(self, memo, arguments, shape)
+
+
+class Evaluation(NamedTuple):
+    """A graph on one tile, each node computed when first needed."""
+
+    graph: Graph
+    memo: dict[int, "Value"]
+    arguments: dict[int, "Value"]
+    shape: tuple[int, int]
+
+    def __call__(self, output: int) -> Any:
+        node = self.graph.outputs[output]
+        return self._value(node).on(2, self.shape, node.dtype)
+
+    def _value(self, x: Any) -> "Value":
+        if not isinstance(x, Node):
+            return Value(None, x.item())
+        if x.number not in self.memo:
+            if x.primitive is None:
+                value = self.arguments[x.params["argument"]]
+            else:
+                value = _elementwise(x, [self._value(y) for y in x.inputs], self.shape)
+            self.memo[x.number] = value
+        return self.memo[x.number]
+
+
+class Value(NamedTuple):
+    """What a kernel knows of a tile: a scalar (`axis` is `None`), one number a row (0) or
+    column (1), or one a pair (2)."""
+
+    axis: int | None
+    array: Any
+
+    def on(self, axis: int | None, shape: tuple[int, int], dtype: Any) -> Any:
+        """This, broadcast to the rows, to the columns or to the tile."""
+        x = self.array
+        if self.axis == axis or axis is None:
+            return jnp.asarray(x, dtype)
+        if self.axis is None:
+            full = shape if axis == 2 else (shape[axis],)
+            x = jnp.full(full, x, dtype)
+        else:
+            x = lax.broadcast_in_dim(x, shape, [self.axis])
+        return plgpu.layout_cast(x, (ROW, COLUMN, TILE)[axis])
+
+
+def _mapped(primitive, params, operands: list[Array]) -> Array:
+    """Applies a primitive of single pairs along the first four axes."""
+
+    def single(*xs):
+        out = primitive.bind(*xs, **params)
+        return out[0] if primitive.multiple_results else out
+
+    shape = [max(x.shape[n] for x in operands) for n in range(4)]
+    fn = single
+    flags = [[x.shape[n] > 1 for n in range(4)] for x in operands]
+    for n in reversed(range(4)):
+        mapped = [0 if f[n] else None for f in flags]
+        if any(m == 0 for m in mapped):
+            fn = jax.vmap(fn, in_axes=mapped)
+    squeezed = [
+        x.reshape([s for s, f in zip(x.shape, fs) if f] + list(x.shape[4:]))
+        for x, fs in zip(operands, flags)
+    ]
+    out = fn(*squeezed)
+    rest = out.shape[sum(s > 1 for s in shape) :]
+    return out.reshape((*shape, *rest))
+
+
+def _elementwise(node: Node, operands: list[Value], shape: tuple[int, int]) -> Value:
+    name = node.primitive.name
+    if name in _SHAPE:
+        return operands[0]
+    axes = {x.axis for x in operands} - {None}
+    axis = axes.pop() if len(axes) == 1 else 2 if axes else None
+    dtypes = [getattr(x, "dtype", None) for x in node.inputs]
+    xs = [x.on(axis, shape, d) for x, d in zip(operands, dtypes, strict=True)]
+    if name == "convert_element_type":
+        return Value(axis, xs[0].astype(node.params["new_dtype"]))
+    if name == "add_any":
+        return Value(axis, xs[0] + xs[1])
+    if name == "log1p":
+        return Value(axis, jnp.log(1 + xs[0]))
+    if name == "logistic":
+        return Value(axis, 1 / (1 + jnp.exp(-xs[0])))
+    return Value(axis, node.primitive.bind(*xs, **node.params))

@@ -1,0 +1,64 @@
+"""Which tiles a kernel computes, by the summaries of the mask."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from .._axes import ceil_div
+from .._mask import Full
+from .._mechanism.base import Blocks, Request
+from .._mechanism.plan import Grid, Kinds, kinds, lists
+from .._static import is_array
+
+
+class Table(NamedTuple):
+    """For each (batch, key head, row of tiles): the tiles of the row that are not EMPTY,
+    those that are FULL first; how many are FULL; and how many there are."""
+
+    columns: Int[Array, "#batch #head rows columns"]
+    full: Int[Array, "#batch #head rows"]
+    some: Int[Array, "#batch #head rows"]
+
+    def at(self, batch, kv_head, row) -> tuple:
+        """Where a row's entries are."""
+        sizes = self.full.shape
+        return (0 if sizes[0] == 1 else batch, 0 if sizes[1] == 1 else kv_head, row)
+
+
+def table(request: Request, block_q: int, block_k: int, by_key: bool = False) -> Table:
+    """**Arguments:**
+
+    - `block_q`, `block_k`: how many queries and keys a tile has. The last one of a side
+        may reach beyond the end: then it is never FULL along the keys.
+    - `by_key`: whether a row is one of keys, and not of queries.
+    """
+    pairs = request.pairs
+    q_len, kv_len = request.lengths
+    heads = request.key_.shape[2]
+    sizes = Blocks(1, 1, min(block_q, q_len), min(block_k, kv_len))
+    counts = Blocks(
+        request.query.shape[0], heads, ceil_div(q_len, block_q), ceil_div(kv_len, block_k)
+    )
+    grid = Grid(counts, sizes, (q_len, kv_len), request.groups)
+
+    def build() -> Table:
+        found = kinds(request, grid, (False, False))
+        if kv_len % block_k:
+            found = Kinds(found.some, found.every.at[..., -1].set(False))
+        if by_key:
+            found = Kinds(*(x.swapaxes(2, 3) for x in found))
+        columns, full, some = lists(found)
+        # Each row computes a tile, also one that sees nothing: masked, that is harmless.
+        return Table(columns, full, jnp.maximum(some, 1))
+
+    if any(map(is_array, jax.tree.leaves((pairs.mask, pairs.q, pairs.kv)))):
+        return build()
+    with jax.ensure_compile_time_eval():
+        return build()
+
+
+def never_masked(request: Request, block_k: int) -> bool:
+    """Whether it is known at trace time that every tile is FULL."""
+    return isinstance(request.pairs.mask, Full) and request.lengths[1] % block_k == 0

@@ -1,0 +1,155 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .._device import compute_capability, version_of_jax
+from .base import AbstractMechanism, Blocks, Gradients, Request
+from .blockwise import Blockwise
+from .hidden import again_if_nan, seen_queries
+
+
+_OLDEST_JAX = (0, 11)
+_LARGEST = 128
+
+
+class Flash(AbstractMechanism):
+    """Our own kernels for Hopper GPUs, which compute any mask and any score.
+
+    What masks and scores say of a pair is traced into the kernels; what they say of a
+    query, a key or a head alone is computed beforehand. Tiles that are EMPTY are neither
+    loaded nor computed, those that are FULL are not masked.
+
+    In the backward pass, gradients of queries are added up in an order that differs from
+    run to run, and so by rounding (of float32) do they; all others are the same. The
+    gradients of scores' own arrays (the slopes of [`eqx_attention.ALiBi`][], say) are
+    computed by [`eqx_attention.Blockwise`][]. A call whose values hold NaN where they
+    are hidden is computed twice.
+
+    ??? cite
+
+        [FlashAttention-3: Fast and Accurate Attention with Asynchrony and
+        Low-precision](https://arxiv.org/abs/2407.08608)
+
+        ```bibtex
+        @inproceedings{shah2024flashattention3,
+            title={Flash{A}ttention-3: Fast and Accurate Attention with Asynchrony and
+                   Low-precision},
+            author={Shah, Jay and Bikshandi, Ganesh and Zhang, Ying and
+                    Thakkar, Vijay and Ramani, Pradeep and Dao, Tri},
+            booktitle={Advances in Neural Information Processing Systems},
+            year={2024}
+        }
+        ```
+    """
+
+    def unsupported(self, request: Request) -> tuple[str, ...]:
+        reasons = []
+        if request.platform != "gpu":
+            reasons.append(f"it runs on Hopper GPUs, not on {request.platform}")
+        elif (capability := compute_capability()) != "9.0":
+            reasons.append(
+                "it runs on Hopper GPUs (compute capability 9.0), not on one of "
+                f"{capability}"
+            )
+        if version_of_jax() < _OLDEST_JAX:
+            oldest = ".".join(map(str, _OLDEST_JAX))
+            reasons.append(f"it needs jax {oldest} or later, not {jax.__version__}")
+        dtypes = {x.dtype.name for x in (request.query, request.key_, request.value)}
+        if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float16"}:
+            found = " and ".join(sorted(dtypes))
+            reasons.append(f"it computes in bfloat16 or float16, not in {found}")
+        sizes = {
+            "head_dim": request.query.shape[-1],
+            "value_dim": request.value.shape[-1],
+        }
+        for name, size in sizes.items():
+            if size > _LARGEST:
+                reasons.append(f"{name} must be at most {_LARGEST}, and is {size}")
+        if not reasons:
+            from .._kernel.terms import not_elementwise
+
+            reasons += not_elementwise(request)
+        return tuple(reasons)
+
+    def forward(
+        self, request: Request
+    ) -> tuple[
+        Float[Array, "batch q_len q_heads value_dim"], Float[Array, "batch q_len q_heads"]
+    ]:
+        from .._kernel.hopper_forward import forward
+        from .._kernel.tuning import forward_blocks
+
+        def of(request):
+            wide = _padded(request)
+            blocks = forward_blocks(wide.query.shape[-1], wide.value.shape[-1])
+            out, lse = forward(wide, blocks)
+            return out[..., : request.value.shape[-1]], lse
+
+        return again_if_nan(of, request)
+
+    def backward(
+        self,
+        request: Request,
+        out: Float[Array, "batch q_len q_heads value_dim"],
+        lse: Float[Array, "batch q_len q_heads"],
+        dout: Float[Array, "batch q_len q_heads value_dim"],
+        dlse: Float[Array, "batch q_len q_heads"] | None,
+        wrt: tuple[int, ...],
+    ) -> Gradients:
+        from .._kernel.hopper_backward import backward
+        from .._kernel.tuning import backward_blocks
+
+        wide = _padded(seen_queries(request, lse))
+        blocks = backward_blocks(wide.query.shape[-1], wide.value.shape[-1])
+        empty = jnp.isneginf(lse)
+        dout_ = jnp.where(empty[..., None], 0, dout)
+        delta = (dout_.astype(lse.dtype) * out.astype(lse.dtype)).sum(-1)
+        if dlse is not None:
+            delta = delta - jnp.where(empty, 0, dlse)
+        low = jnp.where(empty, jnp.inf, lse)
+        dout_ = _wider(dout_.astype(request.query.dtype), wide.value.shape[-1])
+        grads = backward(wide, low, delta, dout_, blocks)
+        inputs = (request.query, request.key_, request.value)
+        dq, dk, dv = (
+            x[..., : y.shape[-1]].astype(request.result_dtype)
+            for x, y in zip(grads, inputs, strict=True)
+        )
+        if not wrt:
+            return dq, dk, dv, ()
+        portable = Blockwise().backward(request, out, lse, dout, dlse, wrt)
+        return dq, dk, dv, portable[3]
+
+    def blocks(self, request: Request) -> Blocks:
+        return Blockwise().blocks(request)
+
+    def explain(self, request: Request) -> str:
+        from .._kernel.tuning import forward_blocks
+
+        wide = _wide(request.query.shape[-1]), _wide(request.value.shape[-1])
+        blocks = forward_blocks(*wide)
+        return (
+            f"flash: tiles of {blocks.query} queries × {blocks.key} keys, "
+            f"{blocks.warpgroups} a block of threads; forward and backward in kernels for "
+            "Hopper"
+        )
+
+
+def _wide(size: int) -> int:
+    """Sizes of heads are padded to this."""
+    return -(-size // 64) * 64
+
+
+def _wider(x: Array, size: int) -> Array:
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, size - x.shape[-1])))
+
+
+def _padded(request: Request) -> Request:
+    head_dim, value_dim = _wide(request.query.shape[-1]), _wide(request.value.shape[-1])
+    return dataclasses.replace(
+        request,
+        query=_wider(request.query, head_dim),
+        key_=_wider(request.key_, head_dim),
+        value=_wider(request.value, value_dim),
+    )

@@ -1,0 +1,77 @@
+"""Kernels multiply weights of 0 with tokens that are not seen, which may hold NaN."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from .._mask import And, Causal, Full, SlidingWindow
+from .._score import ALiBi, Bias, RelativeBias, SoftCap
+from .base import Request
+
+
+def again_if_nan(
+    forward: Callable[[Request], tuple[Array, Array]], request: Request
+) -> tuple[Array, Array]:
+    """`forward(request)`; once more, if its lse has a NaN, on values that have none.
+
+    `forward` gives an lse of NaN also where it gives an output of NaN. Keys take the place
+    of their values: those with a value that is not finite turn NaN, and so does what sees
+    them.
+    """
+    out, lse = forward(request)
+    if isinstance(request.pairs.mask, Full):
+        return out, lse
+
+    def again():
+        bad = ~jnp.isfinite(request.value).all(-1, keepdims=True)
+        nan = jnp.asarray(jnp.nan, request.key_.dtype)
+        cleaned = dataclasses.replace(
+            request,
+            key_=jnp.where(bad, nan, request.key_),
+            value=jnp.where(bad, 0, request.value),
+        )
+        return forward(cleaned)
+
+    return lax.cond(jnp.isnan(lse).any(), again, lambda: (out, lse))
+
+
+def without_nan(request: Request, lse: Array) -> Request:
+    """For the gradient, which tells what is seen by lse: NaN where a key of NaN is."""
+    if isinstance(request.pairs.mask, Full):
+        return request
+    key_, value = (jnp.where(jnp.isfinite(x), x, 0) for x in (request.key_, request.value))
+    return dataclasses.replace(seen_queries(request, lse), key_=key_, value=value)
+
+
+def seen_queries(request: Request, lse: Array) -> Request:
+    """Queries that see nothing may hold NaN: they become zeros."""
+    if _never_empty(request):
+        return request
+    query = jnp.where(jnp.isneginf(lse)[..., None], 0, request.query)
+    return dataclasses.replace(request, query=query)
+
+
+def _never_empty(request: Request) -> bool:
+    """Whether it is known at trace time that each query sees a key."""
+    pairs, (q_len, kv_len) = request.pairs, request.lengths
+    moved = pairs.q.position is not None or pairs.kv.position is not None
+    if moved or pairs.q.shift != pairs.kv.shift:
+        return isinstance(pairs.mask, Full)
+    parts = pairs.mask.masks if isinstance(pairs.mask, And) else (pairs.mask,)
+
+    def sees_own(mask):
+        match mask:
+            case Causal(offset=int(offset)):
+                return offset >= 0
+            case SlidingWindow(left=None | int(), right=None | int()):
+                return q_len <= kv_len
+            case Full():
+                return True
+        return False
+
+    return all(map(sees_own, parts)) and not any(
+        not isinstance(s, ALiBi | SoftCap | Bias | RelativeBias) for s in pairs.score
+    )

@@ -1,0 +1,211 @@
+"""The kernels for GPUs, as far as a machine without one goes: they lower, they refuse what
+they do not support, and masks and scores are split as they should be.
+
+What they compute is checked on a GPU by benchmarks/gpu_check.py, whose cases these are.
+"""
+
+import dataclasses
+import importlib.util
+import pathlib
+
+import equinox as eqx
+import eqx_attention as eqa
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from eqx_attention import _device
+from eqx_attention._attention import _call
+from eqx_attention._kernel.pairwise import NotElementwise
+from eqx_attention._kernel.tables import table
+from eqx_attention._kernel.terms import logit_fn, Term, visible_fn
+from eqx_attention._mechanism import attention, cudnn, flash
+from eqx_attention._request import request_of
+
+
+def _gpu_check():
+    path = pathlib.Path(__file__).parent.parent / "benchmarks" / "gpu_check.py"
+    spec = importlib.util.spec_from_file_location("gpu_check", path)
+    module = importlib.util.module_from_spec(spec)  # pyright: ignore
+    spec.loader.exec_module(module)  # pyright: ignore
+    return module
+
+
+CHECK = _gpu_check()
+NEW = _device.version_of_jax() >= (0, 11)
+HOPPER = [name for name, (able, *_) in CHECK.SUPPORT.items() if "flash" in able]
+
+
+def _request(q, k, v, **options):
+    options = {"mask": eqa.Full(), "score": (), "sinks": None, "scale": None} | options
+    positions = {"q_positions": "start", "kv_positions": None, "precision": None}
+    return request_of(_call(q, k, v, **(positions | options)))
+
+
+def _on_hopper(request):
+    return dataclasses.replace(request, platform="gpu")
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """As if the first device were a Hopper GPU, and jax recent."""
+    for module in (flash, cudnn):
+        monkeypatch.setattr(module, "compute_capability", lambda: "9.0")
+    monkeypatch.setattr(flash, "version_of_jax", lambda: (0, 11, 2))
+
+
+def _case(name):
+    _, shape, make = CHECK.SUPPORT[name]
+    options = make()
+    dtype = jnp.dtype(options.pop("dtype", "bfloat16"))
+    for other in ("return_lse", "nan"):
+        options.pop(other, None)
+    *arrays, dout = CHECK._operands(shape, dtype, 0)
+    return arrays, dout, options
+
+
+@pytest.mark.parametrize("name", list(CHECK.SUPPORT))
+def test_expected_support(name, hopper):
+    able = CHECK.SUPPORT[name][0]
+    arrays, _, options = _case(name)
+    request = _on_hopper(_request(*arrays, **options))
+    for mechanism, kind in (("flash", eqa.Flash), ("cudnn", eqa.CuDNN)):
+        assert (not kind().unsupported(request)) == (mechanism in able)
+    expected = [n for n in ("flash", "cudnn") if n in able]
+    chosen, _ = eqa.Auto().choose(request)
+    assert type(chosen).__name__.lower() == (*expected, type(chosen).__name__.lower())[0]
+
+
+@pytest.mark.parametrize("name", HOPPER)
+def test_lowering(name):
+    """Forward and backward lower for a GPU, where jax has what they are written in."""
+    (q, k, v), dout, options = _case(name)
+    arrays, static = eqx.partition(options, eqx.is_array)
+    if not NEW:
+        request = _on_hopper(_request(q, k, v, **options))
+        assert any("jax" in reason for reason in eqa.Flash().unsupported(request))
+        return
+
+    def grads(q, k, v, dout, arrays):
+        def out(q, k, v):
+            request = _request(q, k, v, **eqx.combine(arrays, static))
+            return attention(eqa.Flash(), request)[0]
+
+        return jax.vjp(out, q, k, v)[1](dout.astype(jnp.result_type(q)))
+
+    if "sinks" in options:
+        dout = dout.astype(jnp.float32)
+        grads = _with_sinks(static, arrays)
+    lowered = jax.jit(grads).trace(q, k, v, dout, arrays)
+    text = lowered.lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text
+
+
+def _with_sinks(static, arrays):
+    def grads(q, k, v, dout, arrays):
+        def out(q, k, v):
+            request = _request(q, k, v, **eqx.combine(arrays, static))
+            return attention(eqa.Flash(), request)[0]
+
+        return jax.vjp(out, q, k, v)[1](dout)
+
+    return grads
+
+
+def test_refusals_name_the_reason(hopper):
+    shape = (1, 64, 2, 64)
+    q = jnp.zeros(shape, jnp.bfloat16)
+    cpu = _request(q, q, q)
+    assert "not on cpu" in eqa.Flash().unsupported(cpu)[0]
+    assert "not on cpu" in eqa.CuDNN().unsupported(cpu)[0]
+    with pytest.raises(eqa.UnsupportedError, match="not on cpu.*blockwise"):
+        eqa.attend(q, q, q, mechanism="flash")
+    request = _on_hopper(_request(*3 * [q.astype(jnp.float32)]))
+    for kind in (eqa.Flash, eqa.CuDNN):
+        assert "not in float32" in kind().unsupported(request)[0]
+    wide = _on_hopper(_request(*3 * [jnp.zeros((1, 64, 2, 192), jnp.bfloat16)]))
+    assert "head_dim" in eqa.Flash().unsupported(wide)[0]
+    bias = eqa.RelativeBias(jnp.zeros((32, 2)))
+    request = _on_hopper(_request(q, q, q, score=(bias,)))
+    assert "gather" in eqa.Flash().unsupported(request)[0]
+
+
+def _fn(logit, q_pos, kv_pos, head, q_feature, kv_feature, params):
+    return logit * params["table"][head] + jnp.sort(params["table"])[0] + q_feature
+
+
+def test_what_belongs_to_one_side_is_computed_outside():
+    q, k, v = (jnp.zeros((1, n, 4, 64), jnp.bfloat16) for n in (6, 8, 8))
+    params = {"table": jnp.arange(4.0)}
+    score = eqa.ScoreFn(_fn, q_features=jnp.arange(6.0), params=params)
+    request = _request(q, k, v, score=(score,))
+    inputs = Term(request, logit_fn, 4, 4).inputs()
+    shapes = sorted(x.array.shape for x in inputs)
+    # A number a head (two of them: the last is of none), and one a query, padded.
+    assert shapes == [(1, 1), (1, 1, 8), (1, 4)]
+    by_head = next(x.array for x in inputs if x.array.shape == (1, 4))
+    assert np.array_equal(by_head[0], np.arange(4.0))
+
+
+def test_pairs_must_be_elementwise():
+    def sorts(logit, q_pos, kv_pos, head, q_feature, kv_feature, params):
+        return jnp.sort(logit, axis=-1)
+
+    q = jnp.zeros((1, 8, 2, 64), jnp.bfloat16)
+    request = _request(q, q, q, score=(eqa.ScoreFn(sorts),))
+    with pytest.raises(NotElementwise, match="sort"):
+        Term(request, logit_fn, 8, 8)
+
+
+@pytest.mark.parametrize("by_key", (False, True))
+@pytest.mark.parametrize("kv_len", (64, 50, 5))
+@pytest.mark.parametrize(
+    "mask",
+    (
+        eqa.Full(),
+        eqa.Causal(),
+        eqa.Causal() & eqa.SlidingWindow(9),
+        ~eqa.Causal(),
+        eqa.Segments(jnp.arange(40) // 11, jnp.arange(64) // 11),
+    ),
+    ids=repr,
+)
+def test_tables_hold_each_tile_that_is_seen(mask, kv_len, by_key):
+    """Against the dense mask: what is visible is in a tile of the table, and what is in a
+    tile that is FULL is visible (and no token beyond the end)."""
+    if isinstance(mask, eqa.Segments):
+        mask = eqa.Segments(jnp.arange(40) // 11, jnp.arange(kv_len) // 11)
+    q, k = (jnp.zeros((1, n, 2, 64), jnp.bfloat16) for n in (40, kv_len))
+    request = _request(q, k, k, mask=mask)
+    block_q, block_k = 16, 8
+    columns, full, some = (np.asarray(x) for x in table(request, block_q, block_k, by_key))
+    dense = np.zeros((48, -(-kv_len // 8) * 8), bool)
+    visible = eqa.attention_weights(*(x.astype(jnp.float32) for x in (q, k)), mask=mask)
+    dense[:40, :kv_len] = np.asarray(visible)[0, 0] > 0
+    covered = np.zeros_like(dense)
+    for row in range(full.shape[2]):
+        for n in range(some[0, 0, row]):
+            i, j = (columns[0, 0, row, n], row) if by_key else (row, columns[0, 0, row, n])
+            tile = slice(i * 16, i * 16 + 16), slice(j * 8, j * 8 + 8)
+            covered[tile] = True
+            if n < full[0, 0, row]:
+                rows = tile[0].start, min(tile[0].stop, 40)
+                assert dense[slice(*rows), tile[1]].all()
+    assert covered[dense].all()
+
+
+def test_masks_beyond_the_end():
+    """`~` of a mask sees nothing beyond the end of the keys."""
+    q, k = (jnp.zeros((1, n, 1, 64), jnp.bfloat16) for n in (8, 5))
+    visible = visible_fn(_request(q, k, k, mask=~eqa.Causal()), 8)
+    request = _request(q, k, k, mask=~eqa.Causal())
+    term = Term(request, visible, 8, 8)
+    assert [x.dtype for x in term.graph.outputs] == [jnp.bool_]
+    assert "lt" in {node.primitive.name for node in _nodes(term.graph.outputs[0])}
+
+
+def _nodes(node):
+    if getattr(node, "primitive", None) is not None:
+        yield node
+        for x in node.inputs:
+            yield from _nodes(x)
