@@ -140,14 +140,15 @@ def _poison():
 
 
 def _value_and_grads(mechanism, options, with_lse):
-    def value(q, k, v, dout, dlse, options):
+    @jax.jit
+    def value(q, k, v, dout, dlse):
         def attend(q, k, v):
             return eqa.attend(q, k, v, mechanism=mechanism, return_lse=True, **options)
 
         (out, lse), pull = jax.vjp(attend, q, k, v)
         return out, lse, *pull((dout, dlse if with_lse else jnp.zeros_like(lse)))
 
-    return jax.jit(lambda *arrays: value(*arrays, options))
+    return value
 
 
 def check(name: str, mechanism: str) -> dict[str, Any]:

@@ -28,11 +28,13 @@ _CHUNK = 64
 
 class Blocks(NamedTuple):
     """How the backward kernel is cut: queries of a tile, keys of a warpgroup, how many
-    tiles of queries are in flight."""
+    tiles of queries are in flight; and whether the matrix units compute the next tile's
+    logits while the gradient of queries is written, which needs more registers."""
 
     query: int = 64
     key: int = 64
     stages: int = 2
+    overlap: bool = False
 
     warpgroups = 2
 
@@ -136,7 +138,7 @@ def backward(
                     plgpu.wgmma(acc, k_smem.at[c, own], q_smem.at[slot, :, part].T)
 
             def over_queries(dk_acc, dv_acc):
-                def step(masked, g, t, product):
+                def step(masked, g, t, carried):
                     h = kv_head * groups + g
                     n = g * some + t
                     slot, buffer = lax.rem(n, stages), lax.rem(n, 2)
@@ -149,10 +151,16 @@ def backward(
                         for x in use
                     }
 
-                    def weights_and_ds(dp_acc):
+                    def weights_and_ds(dp_acc, s_acc=None):
+                        product = carried
+                        if s_acc is not None:
+                            await_queries(n)
+                            product_of(s_acc, slot)
                         plgpu.barrier_wait(do_ready.at[slot])
                         plgpu.wgmma(dp_acc, v_smem.at[own], do_smem.at[slot].T)
                         low = plgpu.load(lse_smem.at[slot], layout=COLUMN)
+                        if s_acc is not None:
+                            product = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
                         logits = at["logit"](0, product) if "logit" in use else product
                         weights = jnp.exp2(logits * (scale * LOG2E) - along(low, shape, 1))
                         if "visible" in use:
@@ -175,20 +183,22 @@ def backward(
                         return ds.astype(dtype)
 
                     tile = plgpu.WGMMAAccumulatorRef(shape, jnp.float32)
-                    ds = pl.run_scoped(weights_and_ds, tile)
+                    tiles_of = (tile,) if blocks.overlap else (tile, tile)
+                    ds = pl.run_scoped(weights_and_ds, *tiles_of)
                     for c in range(q_chunks):
                         ds_smem[buffer, c, own] = ds[:, c * _CHUNK : (c + 1) * _CHUNK]
                     plgpu.commit_smem()
                     sync(_WRITTEN, warpgroups * THREADS)
 
-                    def gradients(dq_acc, s_acc):
+                    def gradients(dq_acc, s_acc=None):
                         plgpu.wgmma(dk_acc, ds, q_smem.at[slot])
                         plgpu.wgmma(dq_acc, ds_smem.at[buffer, q_chunk].T, k_smem.at[chunk])
-                        # While the gradient of the queries is written, the matrix units
-                        # are at the next tile (after the last one, at nothing of use).
-                        await_queries(n + 1)
-                        product_of(s_acc, after)
-                        dq = plgpu.wgmma_accumulator_load(dq_acc, wait_n=chunks)
+                        if s_acc is not None:
+                            # After the last tile, this is of no use, and does no harm.
+                            await_queries(n + 1)
+                            product_of(s_acc, after)
+                        in_flight = 0 if s_acc is None else chunks
+                        dq = plgpu.wgmma_accumulator_load(dq_acc, wait_n=in_flight)
                         plgpu.barrier_arrive(q_free.at[slot])
                         plgpu.barrier_arrive(do_free.at[slot])
                         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -203,10 +213,12 @@ def backward(
                         plgpu.copy_smem_to_gmem(
                             dq_smem.at[wg], dq_ref.at[to], reduction_op="add"
                         )
-                        return plgpu.wgmma_accumulator_load(s_acc, wait_n=0)
+                        if s_acc is not None:
+                            return plgpu.wgmma_accumulator_load(s_acc, wait_n=0)
 
                     accumulator = plgpu.WGMMAAccumulatorRef((_CHUNK, _CHUNK), jnp.float32)
-                    return pl.run_scoped(gradients, accumulator, tile)
+                    tiles_of = (accumulator, tile) if blocks.overlap else (accumulator,)
+                    return pl.run_scoped(gradients, *tiles_of)
 
                 def await_queries(n):
                     @pl.when(n < groups * some)
@@ -225,9 +237,10 @@ def backward(
                     product_of(acc, 0)
                     return acc[...]
 
-                product = pl.run_scoped(
-                    first, plgpu.WGMMAAccumulatorRef(shape, jnp.float32)
-                )
+                product = None
+                if blocks.overlap:
+                    accumulator = plgpu.WGMMAAccumulatorRef(shape, jnp.float32)
+                    product = pl.run_scoped(first, accumulator)
                 if groups == 1:
                     group(0, product)
                 else:

@@ -55,12 +55,15 @@ _TURN, _DONE = 5, 8
 
 class Blocks(NamedTuple):
     """How the forward kernel is cut: queries of a warpgroup, keys of a tile, how many tiles
-    of keys are in flight, how many warpgroups compute."""
+    of keys are in flight, how many warpgroups compute; and whether a warpgroup has the
+    matrix units compute the next tile's logits and the last one's output while it computes
+    its softmax, which needs more registers."""
 
     query: int = 64
     key: int = 128
     stages: int = 2
     warpgroups: int = 2
+    overlap: bool = False
 
     @property
     def rows(self) -> int:
@@ -156,7 +159,56 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
                     weights = jnp.where(at["keep"](), weights, 0.0)
                 return weights.astype(dtype), new, total, decay
 
-            def over_keys(out_acc):
+            def in_turn():
+                def step(masked, t, carry):
+                    out, top, total = carry
+                    slot = lax.rem(t, stages)
+
+                    def product(acc):
+                        plgpu.wgmma(acc, q_smem.at[wg], k_smem.at[slot].T)
+                        give_turn()
+                        loaded = loads(masked, t)
+                        return acc[...], loaded
+
+                    accumulator = plgpu.WGMMAAccumulatorRef(shape, jnp.float32)
+                    products, loaded = pl.run_scoped(product, accumulator)
+                    plgpu.barrier_arrive(k_free.at[slot])
+                    weights, top, total, decay = softmax(
+                        masked, products, loaded, top, total
+                    )
+                    out = out * along(decay, out.shape, 0)
+                    # Nothing of the softmax is to wait for the turn at the matrix units.
+                    out, weights, top, total = lax.optimization_barrier(
+                        (out, weights, top, total)
+                    )
+                    plgpu.barrier_wait(v_ready.at[slot])
+                    take_turn()
+
+                    def attended(acc):
+                        plgpu.wgmma(acc, weights, v_smem.at[slot])
+
+                        @pl.when(t + 1 < some)
+                        def _():
+                            plgpu.barrier_wait(k_ready.at[lax.rem(t + 1, stages)])
+
+                    out = pl.run_state(attended)(plgpu.WGMMAAccumulatorRef.init(out))
+                    plgpu.barrier_arrive(v_free.at[slot])
+                    return out, top, total
+
+                plgpu.barrier_wait(k_ready.at[0])
+                pl.when(wg == 1)(take_turn)
+                carry = (
+                    full((blocks.query, value_dim), 0.0, TILE),
+                    full((blocks.query,), -jnp.inf, ROW),
+                    full((blocks.query,), 0.0, ROW),
+                )
+                carry = lax.fori_loop(0, whole, ft.partial(step, False), carry)
+                if may_mask:
+                    carry = lax.fori_loop(whole, some, ft.partial(step, True), carry)
+                pl.when(wg == 0)(give_turn)
+                return carry
+
+            def overlapped(out_acc):
                 def first(acc):
                     plgpu.wgmma(acc, q_smem.at[wg], k_smem.at[0].T)
                     loaded = loads(may_mask, 0)
@@ -206,8 +258,12 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
                 return out_acc[...], top, total
 
             plgpu.barrier_wait(q_ready.at[wg])
-            accumulator = plgpu.WGMMAAccumulatorRef((blocks.query, value_dim), jnp.float32)
-            out, top, total = pl.run_scoped(over_keys, accumulator)
+            if blocks.overlap:
+                whole_out = (blocks.query, value_dim)
+                accumulator = plgpu.WGMMAAccumulatorRef(whole_out, jnp.float32)
+                out, top, total = pl.run_scoped(overlapped, accumulator)
+            else:
+                out, top, total = in_turn()
             lse = jnp.where(total == 0, -jnp.inf, (top + jnp.log2(total)) * (1 / LOG2E))
             kept = 1 - request.pairs.dropout.rate if request.pairs.dropout else 1.0
             # Nothing but values of NaN (or infinity) makes this one: see `Flash`.

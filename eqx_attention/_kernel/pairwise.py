@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.core import Literal
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend.core import Literal
 from jaxtyping import Array
 
 from .hopper import COLUMN, ROW, TILE
@@ -26,13 +26,13 @@ HEAD, QUERY, KEY, PAIR = "head", "query", "key", "pair"
 _AXES = ("batch", HEAD, QUERY, KEY)
 # What Mosaic GPU computes elementwise; the rest must belong to one side.
 _ELEMENTWISE = frozenset(
-    """abs add add_any and clamp convert_element_type cos div eq erf exp exp2 ge gt integer_pow le
-    log log1p logistic lt max min mul ne neg not one_minus_square or pow rem rsqrt select_n
+    """abs add add_any and clamp convert_element_type cos div eq erf exp exp2 ge gt
+    integer_pow le log log1p logistic lt max min mul ne neg not one_minus_square or pow rem rsqrt select_n
     shift_left shift_right_arithmetic shift_right_logical sign sin sqrt square sub tanh
     xor""".split()
 )
 _SHAPE = frozenset(
-    "broadcast_in_dim copy copy_p expand_dims reshape squeeze stop_gradient transpose".split()
+    "broadcast_in_dim copy copy_p expand_dims reshape squeeze transpose".split()
 )
 _CALLS = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call")
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._device import compute_capability, version_of_jax
+from .._mask import Full
 from .base import AbstractMechanism, Blocks, Gradients, Request
 from .blockwise import Blockwise
 from .hidden import again_if_nan, seen_queries
@@ -83,7 +84,7 @@ class Flash(AbstractMechanism):
 
         def of(request):
             wide = _padded(request)
-            blocks = forward_blocks(wide.query.shape[-1], wide.value.shape[-1])
+            blocks = forward_blocks(*_sizes(wide))
             out, lse = forward(wide, blocks)
             return out[..., : request.value.shape[-1]], lse
 
@@ -102,7 +103,7 @@ class Flash(AbstractMechanism):
         from .._kernel.tuning import backward_blocks
 
         wide = _padded(seen_queries(request, lse))
-        blocks = backward_blocks(wide.query.shape[-1], wide.value.shape[-1])
+        blocks = backward_blocks(*_sizes(wide))
         empty = jnp.isneginf(lse)
         dout_ = jnp.where(empty[..., None], 0, dout)
         delta = (dout_.astype(lse.dtype) * out.astype(lse.dtype)).sum(-1)
@@ -127,8 +128,8 @@ class Flash(AbstractMechanism):
     def explain(self, request: Request) -> str:
         from .._kernel.tuning import forward_blocks
 
-        wide = _wide(request.query.shape[-1]), _wide(request.value.shape[-1])
-        blocks = forward_blocks(*wide)
+        head_dim, value_dim, masked = _sizes(request)
+        blocks = forward_blocks(_wide(head_dim), _wide(value_dim), masked)
         return (
             f"flash: tiles of {blocks.query} queries × {blocks.key} keys, "
             f"{blocks.warpgroups} a block of threads; forward and backward in kernels for "
@@ -143,6 +144,12 @@ def _wide(size: int) -> int:
 
 def _wider(x: Array, size: int) -> Array:
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, size - x.shape[-1])))
+
+
+def _sizes(request: Request) -> tuple[int, int, bool]:
+    """`(head_dim, value_dim, whether there is a mask)`."""
+    masked = not isinstance(request.pairs.mask, Full)
+    return request.query.shape[-1], request.value.shape[-1], masked
 
 
 def _padded(request: Request) -> Request:
