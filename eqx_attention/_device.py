@@ -7,10 +7,11 @@ def version_of_jax() -> tuple[int, ...]:
     return tuple(int(x) for x in jax.__version__.split(".")[:3] if x.isdigit())
 
 
-def compute_capability() -> str:
-    """Of the first GPU, such as `"9.0"`; empty if there is none."""
+def compute_capability() -> tuple[int, int]:
+    """Of the first GPU, such as `(9, 0)`; `(0, 0)` if there is none of NVIDIA's."""
     try:
         devices = jax.devices("gpu")
     except RuntimeError:  # No GPU, or a jax that knows of none.
-        return ""
-    return str(getattr(devices[0], "compute_capability", ""))
+        return 0, 0
+    major, _, minor = str(getattr(devices[0], "compute_capability", "")).partition(".")
+    return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else (0, 0)

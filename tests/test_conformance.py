@@ -20,7 +20,10 @@ def _check_all(cases):
         testing.check(name, cases=cases).raise_on_failure()
 
 
-@pytest.mark.parametrize("n", range(3))
+_SLOW = (pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))
+
+
+@pytest.mark.parametrize("n", (0, *_SLOW))
 def test_float64(n):
     _check_all(_chunk(n, "float64"))
 

@@ -27,9 +27,9 @@ _AXES = ("batch", HEAD, QUERY, KEY)
 # What Mosaic GPU computes elementwise; the rest must belong to one side.
 _ELEMENTWISE = frozenset(
     """abs add add_any and clamp convert_element_type cos div eq erf exp exp2 ge gt
-    integer_pow le log log1p logistic lt max min mul ne neg not one_minus_square or pow rem rsqrt select_n
-    shift_left shift_right_arithmetic shift_right_logical sign sin sqrt square sub tanh
-    xor""".split()
+    integer_pow le log log1p logistic lt max min mul ne neg not one_minus_square or pow rem
+    rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin sqrt
+    square sub tanh xor""".split()
 )
 _SHAPE = frozenset(
     "broadcast_in_dim copy copy_p expand_dims reshape squeeze transpose".split()

@@ -9,21 +9,27 @@ from .vanilla import Vanilla, weights_bytes
 
 # Up to this many bytes of weights, one tile is as fast as many: benchmarks/cpu.py.
 _SMALL = 2**21
+# In this order. Forward, ours are as fast as cuDNN's or faster; with the backward, they are
+# 4 to 12 % slower: benchmarks/results/gpu.json.
+_KERNELS = (
+    (CuDNN(), "its kernels support this call, and are faster with the backward"),
+    (Flash(), "its kernels support this call"),
+)
 
 
 class Auto(AbstractMechanism):
     """Chooses among the mechanisms that support a request; `explain` says which and why.
 
-    On a GPU, [`eqx_attention.Flash`][] or else [`eqx_attention.CuDNN`][], where they
+    On a GPU, [`eqx_attention.CuDNN`][] or else [`eqx_attention.Flash`][], where they
     support it. Otherwise [`eqx_attention.Vanilla`][] where its weights are small, as for
     short sequences and for few queries, and [`eqx_attention.Blockwise`][] where not.
     """
 
     def choose(self, request: Request) -> tuple[AbstractMechanism, str]:
         """The mechanism chosen, and why."""
-        for kernels in (Flash(), CuDNN()):
+        for kernels, why in _KERNELS:
             if not kernels.unsupported(request):
-                return kernels, "its kernels support this call"
+                return kernels, why
         size = weights_bytes(request)
         mib, limit = size / 2**20, _SMALL / 2**20
         if size <= _SMALL:

@@ -36,17 +36,18 @@ class CuDNN(AbstractMechanism):
 
     def unsupported(self, request: Request) -> tuple[str, ...]:
         reasons = []
-        capability = compute_capability() if request.platform == "gpu" else ""
+        capability = compute_capability() if request.platform == "gpu" else (0, 0)
         if request.platform != "gpu":
             reasons.append(f"it runs on NVIDIA's GPUs, not on {request.platform}")
-        elif float(capability or 0) < 8:
-            reasons.append(f"it needs compute capability 8.0 or more, not {capability}")
+        elif capability < (8, 0):
+            found = f"{capability[0]}.{capability[1]}"
+            reasons.append(f"it needs compute capability 8.0 or more, not {found}")
         dtypes = {x.dtype.name for x in (request.query, request.key_, request.value)}
         if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float16"}:
             found = " and ".join(sorted(dtypes))
             reasons.append(f"it computes in bfloat16 or float16, not in {found}")
         head_dim, value_dim = request.query.shape[-1], request.value.shape[-1]
-        largest = 256 if float(capability or 0) >= 9 else 128
+        largest = 256 if capability >= (9, 0) else 128
         if head_dim != value_dim:
             reasons.append(f"value_dim must be head_dim={head_dim}, and is {value_dim}")
         if head_dim % 8 or head_dim > largest:

@@ -49,10 +49,10 @@ class Flash(AbstractMechanism):
         reasons = []
         if request.platform != "gpu":
             reasons.append(f"it runs on Hopper GPUs, not on {request.platform}")
-        elif (capability := compute_capability()) != "9.0":
+        elif (found := compute_capability()) != (9, 0):
             reasons.append(
                 "it runs on Hopper GPUs (compute capability 9.0), not on one of "
-                f"{capability}"
+                f"{found[0]}.{found[1]}"
             )
         if version_of_jax() < _OLDEST_JAX:
             oldest = ".".join(map(str, _OLDEST_JAX))
