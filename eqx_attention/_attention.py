@@ -102,7 +102,7 @@ def attend(
     - `kv_positions`: an integer array `"*#batch kv_len"`. Default: 0, 1, 2, …
     - `precision`: a `jax.lax.Precision` or its name, for both matrix products. Default:
         that of JAX.
-    - `mechanism`: `"auto"`, `"vanilla"`, `"blockwise"`, or an
+    - `mechanism`: `"auto"`, `"flash"`, `"cudnn"`, `"blockwise"`, `"vanilla"`, or an
         [`eqx_attention.AbstractMechanism`][].
     - `sharding`, `mesh`: must be `None` in this version.
     - `return_lse`: whether to return the log-sum-exp too.
