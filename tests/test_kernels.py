@@ -99,6 +99,52 @@ def test_lowering(name):
     assert "mosaic_gpu" in text
 
 
+def _flash(q, k, v, score=()):
+    request = _request(q, k, v, mask=eqa.Causal(), score=score)
+    return attention(eqa.Flash(), request)[0]
+
+
+def _gradient(q, k, v, dout):
+    return jax.vjp(_flash, q, k, v)[1](dout)
+
+
+def _sharded(*arrays):
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("x")
+    return jax.shard_map(_gradient, mesh=mesh, in_specs=spec, out_specs=spec)(*arrays)
+
+
+def _of_slopes(q, k, v, dout):
+    def loss(score):
+        return (_flash(q, k, v, (score,)) * dout).sum()
+
+    return jax.grad(loss)(eqa.ALiBi.standard(4))
+
+
+@pytest.mark.parametrize(
+    "fn",
+    (
+        _sharded,
+        lambda *xs: jax.vmap(_gradient)(*(jnp.stack([x, x]) for x in xs)),
+        lambda q, k, v, t: jax.jvp(_flash, (q, k, v), (t, t, t)),
+        lambda *xs: jax.jvp(_gradient, xs, xs),
+        _of_slopes,
+    ),
+    ids=("shard_map", "vmap", "jvp", "hvp", "gradient of slopes"),
+)
+def test_transformations_lower(fn):
+    if not NEW:
+        assert "0.11" in " ".join(eqa.Flash().unsupported(_request(*3 * [_small()])))
+        return
+    lowered = jax.jit(fn).trace(*4 * [_small()])
+    text = lowered.lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text
+
+
+def _small():
+    return jnp.zeros((4, 256, 4, 64), jnp.bfloat16)
+
+
 def test_refusals_name_the_reason(hopper):
     shape = (1, 64, 2, 64)
     q = jnp.zeros(shape, jnp.bfloat16)
