@@ -41,6 +41,10 @@ def _score(logit, q_pos, kv_pos, head, q_feature, kv_feature, params):
     return logit + params["height"][head] * jnp.exp(-distance * distance / 100)
 
 
+def _temperature(logit, q_pos, kv_pos, head, q_feature, kv_feature, params):
+    return logit / q_feature
+
+
 def _every_third(q_pos, kv_pos, head, q_feature, kv_feature, params):
     return (q_pos - kv_pos) % 3 == head % 3
 
@@ -67,6 +71,14 @@ SUPPORT: dict[str, tuple[tuple[str, ...], tuple[int, ...], Any]] = {
     "causal head_dim 40": (BOTH, (2, 300, 300, 4, 2, 40, 40), lambda: {"mask": C()}),
     "causal head_dim 256": ((CUDNN,), (2, 512, 512, 4, 2, 256, 256), lambda: {"mask": C()}),
     "value_dim 64": ((FLASH,), (2, 512, 512, 4, 2, 128, 64), lambda: {"mask": C()}),
+    "head_dim 64, value_dim 128": ((FLASH,), (2, 512, 512, 4, 2, 64, 128), dict),
+    "score of NaN beyond the end": (
+        (FLASH,),
+        (2, 100, 300, 4, 2, 128, 128),
+        lambda: {
+            "score": eqa.ScoreFn(_temperature, q_features=1 + jnp.arange(100.0) / 100)
+        },
+    ),
     "window": (BOTH, _SHAPE, lambda: {"mask": C() & eqa.SlidingWindow(100)}),
     "window to both sides": (
         (FLASH,),

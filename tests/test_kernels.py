@@ -201,6 +201,33 @@ def test_pairs_must_be_elementwise():
         Term(request, logit_fn, 8, 8)
 
 
+@pytest.mark.parametrize(
+    "fn, word",
+    (
+        (lambda logit, *_: jnp.abs(logit) ** 0.5, "pow"),
+        (lambda logit, *_: logit % 3.0, "rem"),
+    ),
+)
+def test_what_the_compiler_lacks_is_refused(fn, word, hopper):
+    q = jnp.zeros((1, 64, 2, 64), jnp.bfloat16)
+    request = _on_hopper(_request(q, q, q, score=(eqa.ScoreFn(fn),)))
+    assert word in " ".join(eqa.Flash().unsupported(request))
+
+
+def test_cudnn_refuses_what_was_not_checked(hopper):
+    q = jnp.zeros((2, 64, 2, 64), jnp.bfloat16)
+    lengths = jnp.array([3, 5])
+    both = eqa.Padding(lengths) & eqa.Causal()
+    for options in (
+        {"mask": both},
+        {"mask": eqa.Padding(lengths, lengths)},
+        {"scale": -1.0},
+    ):
+        request = _on_hopper(_request(q, q, q, **options))
+        assert eqa.CuDNN().unsupported(request)
+        assert not eqa.Flash().unsupported(request)
+
+
 @pytest.mark.parametrize("by_key", (False, True))
 @pytest.mark.parametrize("kv_len", (64, 50, 5))
 @pytest.mark.parametrize(

@@ -62,6 +62,9 @@ def backward(
     groups, dtype = request.groups, q.dtype
     stages, warpgroups, block = blocks.stages, blocks.warpgroups, blocks.query
     chunks, q_chunks = head_dim // _CHUNK, block // _CHUNK
+    assert chunks * q_chunks == warpgroups, "a part of dq for each warpgroup"
+    # Queries beyond the end see nothing, but a score may make NaN of them.
+    ragged = folded_scale(request.pairs) is None and q_len % block != 0
     rows = -(-kv_len // blocks.rows)
     tiles = table(request, block, blocks.rows, by_key=True)
     folded = folded_scale(request.pairs)
@@ -165,6 +168,9 @@ def backward(
                         weights = jnp.exp2(logits * (scale * LOG2E) - along(low, shape, 1))
                         if "visible" in use:
                             weights = jnp.where(at["visible"](), weights, 0.0)
+                        if ragged:
+                            real = along(low, shape, 1) < jnp.inf
+                            weights = jnp.where(real, weights, 0.0)
                         dropped = weights
                         if "keep" in use:
                             keep = at["keep"]()
@@ -180,6 +186,8 @@ def backward(
                         if "visible" in use:
                             # What is not seen may hold NaN, of which 0 times is NaN.
                             ds = jnp.where(at["visible"](), ds, 0.0)
+                        if ragged:
+                            ds = jnp.where(real, ds, 0.0)
                         return ds.astype(dtype)
 
                     tile = plgpu.WGMMAAccumulatorRef(shape, jnp.float32)

@@ -266,8 +266,9 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
                 out, top, total = in_turn()
             lse = jnp.where(total == 0, -jnp.inf, (top + jnp.log2(total)) * (1 / LOG2E))
             kept = 1 - request.pairs.dropout.rate if request.pairs.dropout else 1.0
-            # Nothing but values of NaN (or infinity) makes this one: see `Flash`.
-            lse = lse + (out * 0.0).sum(axis=1)
+            if may_mask or hides:
+                # Nothing but values of NaN (or infinity) makes this one: see `hidden.py`.
+                lse = lse + (out * 0.0).sum(axis=1)
             inverse = 1 / (jnp.where(total == 0, 1.0, total) * kept)
             # The other warpgroup may still read what this overwrites.
             sync(_DONE, warpgroups * THREADS)

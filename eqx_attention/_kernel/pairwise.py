@@ -27,12 +27,13 @@ _AXES = ("batch", HEAD, QUERY, KEY)
 # What Mosaic GPU computes elementwise; the rest must belong to one side.
 _ELEMENTWISE = frozenset(
     """abs add add_any and clamp convert_element_type cos div eq erf exp exp2 ge gt
-    integer_pow le log log1p logistic lt max min mul ne neg not one_minus_square or pow rem
+    integer_pow le log log1p logistic lt max min mul ne neg not one_minus_square or rem
     rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin sqrt
     square sub tanh xor""".split()
 )
 _SHAPE = frozenset(
-    "broadcast_in_dim copy copy_p expand_dims reshape squeeze transpose".split()
+    """broadcast_in_dim copy copy_p expand_dims reshape squeeze stop_gradient
+    transpose""".split()
 )
 _CALLS = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call")
 
@@ -109,9 +110,11 @@ class Graph:
         sided = [x for x in nodes if x.axes & {QUERY, KEY, PAIR}]
         inside = joins or (bool(sided) and all(x.inside for x in sided))
         simple = name in _ELEMENTWISE or name in _SHAPE
+        dtype: Any = getattr(eqn.outvars[0].aval, "dtype", None)
+        # Mosaic GPU has remainders of integers alone.
+        simple = simple and not (name == "rem" and jnp.issubdtype(dtype, jnp.floating))
         if joins and not simple:
             raise NotElementwise(name)
-        dtype = getattr(eqn.outvars[0].aval, "dtype", None)
         inside = inside and simple
         if len(eqn.outvars) != 1:
             raise NotElementwise(name)
@@ -232,6 +235,8 @@ def _elementwise(node: Node, operands: list[Value], shape: tuple[int, int]) -> V
     xs = [x.on(axis, shape, d) for x, d in zip(operands, dtypes, strict=True)]
     if name == "convert_element_type":
         return Value(axis, xs[0].astype(node.params["new_dtype"]))
+    if name == "integer_pow":
+        return Value(axis, _power(xs[0], node.params["y"]))
     if name == "add_any":
         return Value(axis, xs[0] + xs[1])
     if name == "log1p":
@@ -239,3 +244,12 @@ def _elementwise(node: Node, operands: list[Value], shape: tuple[int, int]) -> V
     if name == "logistic":
         return Value(axis, 1 / (1 + jnp.exp(-xs[0])))
     return Value(axis, node.primitive.bind(*xs, **node.params))
+
+
+def _power(x: Any, y: int) -> Any:
+    """What Mosaic GPU has of it are products."""
+    if y == 0:
+        return jnp.ones_like(x)
+    if y == 1:
+        return x
+    return lax.integer_pow(x, y) if y > 1 else 1 / _power(x, -y)

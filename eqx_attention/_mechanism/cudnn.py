@@ -50,7 +50,7 @@ class CuDNN(AbstractMechanism):
         largest = 256 if capability >= (9, 0) else 128
         if head_dim != value_dim:
             reasons.append(f"value_dim must be head_dim={head_dim}, and is {value_dim}")
-        if head_dim % 8 or head_dim > largest:
+        if head_dim % 8 or not 1 <= head_dim <= largest:
             reasons.append(
                 f"head_dim must be a multiple of 8 up to {largest}, and is {head_dim}"
             )
@@ -101,15 +101,15 @@ def _pairs_unsupported(request: Request):
         yield "it computes no scores"
     if pairs.dropout is not None:
         yield "its dropout has other bits than ours"
-    if not isinstance(pairs.scale, Static):
-        yield "its scale is a static number"
+    if not isinstance(pairs.scale, Static) or pairs.scale.value <= 0:
+        yield "its scale is a static number > 0"
     windows = 0
     positional = False
     for mask in _parts(pairs.mask):
         match mask:
             case Full():
                 pass
-            case Padding():
+            case Padding(q_lengths=None) if len(_parts(pairs.mask)) == 1:
                 pass
             case Causal(offset=int(offset)) if offset == 0:
                 positional = True
@@ -242,8 +242,10 @@ def _backward_of_lse(request: Request, lse: Array, dlse: Array) -> tuple[Array, 
     scale = request.pairs.scale.value  # pyright: ignore
     dlse = (jnp.where(jnp.isneginf(lse), 0, dlse) * scale)[..., None]
     keys = dataclasses.replace(request, value=request.key_)
-    seen, _ = _forward(keys)
+    seen, own = _forward(keys)
     moved = dlse * request.query.astype(dlse.dtype)
     _, _, dk = _backward(keys, seen, lse, moved)
-    dq = dlse * seen.astype(dlse.dtype)
+    # `lse` may be over more keys than these.
+    part = jnp.where(jnp.isneginf(own), 0, jnp.exp(own - lse))[..., None]
+    dq = dlse * part * seen.astype(dlse.dtype)
     return dq.astype(request.result_dtype), dk.astype(request.result_dtype)

@@ -66,8 +66,8 @@ class Flash(AbstractMechanism):
             "value_dim": request.value.shape[-1],
         }
         for name, size in sizes.items():
-            if size > _LARGEST:
-                reasons.append(f"{name} must be at most {_LARGEST}, and is {size}")
+            if not 1 <= size <= _LARGEST:
+                reasons.append(f"{name} must be from 1 to {_LARGEST}, and is {size}")
         if not reasons:
             from .._kernel.terms import not_elementwise
 
@@ -153,7 +153,9 @@ def _sizes(request: Request) -> tuple[int, int, bool]:
 
 
 def _padded(request: Request) -> Request:
-    head_dim, value_dim = _wide(request.query.shape[-1]), _wide(request.value.shape[-1])
+    value_dim = _wide(request.value.shape[-1])
+    # The backward shares the gradient of queries out among warpgroups by `head_dim`.
+    head_dim = max(_wide(request.query.shape[-1]), value_dim)
     return dataclasses.replace(
         request,
         query=_wider(request.query, head_dim),
