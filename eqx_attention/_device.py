@@ -1,5 +1,7 @@
 """What is known of the devices at trace time."""
 
+from typing import Any
+
 import jax
 
 
@@ -15,3 +17,12 @@ def compute_capability() -> tuple[int, int]:
         return 0, 0
     major, _, minor = str(getattr(devices[0], "compute_capability", "")).partition(".")
     return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else (0, 0)
+
+
+def wider_than_16_bits(*arrays: Any) -> tuple[str, ...]:
+    """Why kernels for the matrix units refuse the dtypes of operands, if they do."""
+    dtypes = {x.dtype.name for x in arrays}
+    if len(dtypes) == 1 and dtypes <= {"bfloat16", "float16"}:
+        return ()
+    found = " and ".join(sorted(dtypes))
+    return (f"it computes in bfloat16 or float16, not in {found}",)

@@ -45,10 +45,6 @@ def sync(name: Any, threads: int) -> None:
     _named_barrier("sync", name, threads)
 
 
-def iota(size: int, axis: int, shape: tuple[int, int]) -> jax.Array:
-    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=TILE)
-
-
 def full(shape: tuple[int, ...], value: float, layout: Any) -> jax.Array:
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
@@ -62,3 +58,23 @@ def whole_rows(x: jax.Array) -> jax.Array:
     """Pads the tokens of `(batch, len, heads, dim)` to a multiple of 8: what the copy
     engine needs. Beyond that, it reads zeros, and writes nothing."""
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0)))
+
+
+def launch(kernel: Any, name: str, blocks: int, warpgroups: int, **types: Any) -> Any:
+    """The kernel as a function of arrays: so many blocks of threads, in each of which so
+    many warpgroups compute and one copies. `types` are those of outputs and of scratch."""
+    return plgpu.kernel(
+        kernel,
+        grid=(blocks,),
+        grid_names=("block",),
+        num_threads=warpgroups + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            unsafe_no_auto_barriers=True,
+            reduction_scratch_bytes=0,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+        ),
+        kernel_name=f"eqx_attention_{name}",
+        **types,
+    )

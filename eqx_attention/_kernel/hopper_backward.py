@@ -15,8 +15,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from .._axes import ceil_div
 from .._mechanism.base import Request
-from .hopper import along, COLUMN, LOG2E, smem, sync, THREADS, whole_rows
+from .hopper import along, COLUMN, launch, LOG2E, smem, sync, THREADS, whole_rows
 from .schedule import place_of, section
 from .tables import never_masked, table
 from .terms import folded_scale, keep_fn, logit_fn, Place, terms_of, visible_fn
@@ -63,11 +64,11 @@ def backward(
     stages, warpgroups, block = blocks.stages, blocks.warpgroups, blocks.query
     chunks, q_chunks = head_dim // _CHUNK, block // _CHUNK
     assert chunks * q_chunks == warpgroups, "a part of dq for each warpgroup"
-    # Queries beyond the end see nothing, but a score may make NaN of them.
-    ragged = folded_scale(request.pairs) is None and q_len % block != 0
-    rows = -(-kv_len // blocks.rows)
+    rows = ceil_div(kv_len, blocks.rows)
     tiles = table(request, block, blocks.rows, by_key=True)
     folded = folded_scale(request.pairs)
+    # Queries beyond the end see nothing, but a score may make NaN of them.
+    ragged = folded is None and q_len % block != 0
     rate = request.pairs.dropout.rate if request.pairs.dropout else 0.0
     masked_ever = not never_masked(request, blocks.rows)
     terms = terms_of(
@@ -309,8 +310,11 @@ def backward(
 
     free = plgpu.Barrier(num_barriers=stages, num_arrivals=warpgroups)
     ready = plgpu.Barrier(num_barriers=stages, num_arrivals=2)
-    dk, dv = plgpu.kernel(
+    dk, dv = launch(
         kernel,
+        "backward",
+        batch * kv_heads * rows,
+        warpgroups,
         out_type=(
             jax.ShapeDtypeStruct(k.shape, dtype),
             jax.ShapeDtypeStruct(v.shape, dtype),
@@ -330,16 +334,5 @@ def backward(
             free,
             free,
         ),
-        grid=(batch * kv_heads * rows,),
-        grid_names=("block",),
-        num_threads=warpgroups + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            unsafe_no_auto_barriers=True,
-            reduction_scratch_bytes=0,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-        ),
-        kernel_name="eqx_attention_backward",
     )(q, k, v, dout, lse, delta, *tiles, *terms.arrays, dq)
     return dq[...][:, :q_len] * scale, dk[:, :kv_len], dv[:, :kv_len]

@@ -30,12 +30,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from .._axes import ceil_div
 from .._mechanism.base import Request
 from .._score import ALiBi, SoftCap
 from .hopper import (
     along,
     arrive,
     full,
+    launch,
     LOG2E,
     ROW,
     smem,
@@ -81,7 +83,7 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
     value_dim = v.shape[-1]
     groups, dtype = request.groups, q.dtype
     stages, warpgroups = blocks.stages, blocks.warpgroups
-    rows = -(-q_len // blocks.rows)
+    rows = ceil_div(q_len, blocks.rows)
     tiles = table(request, blocks.rows, blocks.key)
     scale = folded_scale(request.pairs)
     may_mask = not never_masked(request, blocks.key)
@@ -301,8 +303,11 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
 
     free = plgpu.Barrier(num_barriers=stages, num_arrivals=warpgroups)
     ready = plgpu.Barrier(num_barriers=stages)
-    out, lse = plgpu.kernel(
+    out, lse = launch(
         kernel,
+        "forward",
+        batch * heads * rows,
+        warpgroups,
         out_type=(
             jax.ShapeDtypeStruct((*q.shape[:3], value_dim), request.result_dtype),
             jax.ShapeDtypeStruct((batch, heads, rows * blocks.rows), jnp.float32),
@@ -323,16 +328,5 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
             free,
             free,
         ),
-        grid=(batch * heads * rows,),
-        grid_names=("block",),
-        num_threads=warpgroups + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            unsafe_no_auto_barriers=True,
-            reduction_scratch_bytes=0,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-        ),
-        kernel_name="eqx_attention_forward",
     )(q, k, v, *tiles, *terms.arrays)
     return out[:, :q_len], lse[..., :q_len].swapaxes(1, 2)

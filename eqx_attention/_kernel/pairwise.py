@@ -23,7 +23,6 @@ from .hopper import COLUMN, ROW, TILE
 
 
 HEAD, QUERY, KEY, PAIR = "head", "query", "key", "pair"
-_AXES = ("batch", HEAD, QUERY, KEY)
 # What Mosaic GPU computes elementwise; the rest must belong to one side.
 _ELEMENTWISE = frozenset(
     """abs add add_any and clamp convert_element_type cos div eq erf exp exp2 ge gt

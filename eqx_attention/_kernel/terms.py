@@ -16,9 +16,6 @@ from .hopper import COLUMN, ROW, TILE
 from .pairwise import Evaluation, Graph, HEAD, KEY, NotElementwise, PAIR, QUERY, Value
 
 
-_INDICES = ("q_index", "kv_index", "head", "logit")
-
-
 def tile_of(pairs: Pairs, q_index, kv_index, head) -> Tile:
     """One pair's tokens; every array has the axes (head, query, key), of size one."""
     q, kv = pairs.q, pairs.kv
@@ -230,7 +227,7 @@ def logit_fn(pairs: Pairs, tile: Tile, product, cotangent):
 
     def logit(product):
         scale = pairs.scale
-        out = product * (scale.value if isinstance(scale, Static) else scale)
+        out = product * unwrap(scale)
         for score in pairs.score:
             out = score(out, tile)
         return out
@@ -247,8 +244,9 @@ def keep_fn(pairs: Pairs, tile: Tile, *_):
 
 def folded_scale(pairs: Pairs) -> float | None:
     """A scale that the exponential can take in passing."""
-    scale = unwrap(pairs.scale) if isinstance(pairs.scale, Static) else None
-    return scale if scale is not None and scale > 0 and not pairs.score else None
+    scale = pairs.scale
+    foldable = isinstance(scale, Static) and scale.value > 0 and not pairs.score
+    return scale.value if foldable else None
 
 
 class Terms(NamedTuple):

@@ -3,7 +3,7 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._device import compute_capability
+from .._device import compute_capability, wider_than_16_bits
 from .._mask import AbstractMask, And, Causal, Full, Padding, SlidingWindow
 from .._static import Static
 from .base import AbstractMechanism, Blocks, Gradients, Request
@@ -42,10 +42,7 @@ class CuDNN(AbstractMechanism):
         elif capability < (8, 0):
             found = f"{capability[0]}.{capability[1]}"
             reasons.append(f"it needs compute capability 8.0 or more, not {found}")
-        dtypes = {x.dtype.name for x in (request.query, request.key_, request.value)}
-        if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float16"}:
-            found = " and ".join(sorted(dtypes))
-            reasons.append(f"it computes in bfloat16 or float16, not in {found}")
+        reasons += wider_than_16_bits(request.query, request.key_, request.value)
         head_dim, value_dim = request.query.shape[-1], request.value.shape[-1]
         largest = 256 if capability >= (9, 0) else 128
         if head_dim != value_dim:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._device import compute_capability, version_of_jax
+from .._device import compute_capability, version_of_jax, wider_than_16_bits
 from .._mask import Full
 from .base import AbstractMechanism, Blocks, Gradients, Request
 from .blockwise import Blockwise
@@ -57,10 +57,7 @@ class Flash(AbstractMechanism):
         if version_of_jax() < _OLDEST_JAX:
             oldest = ".".join(map(str, _OLDEST_JAX))
             reasons.append(f"it needs jax {oldest} or later, not {jax.__version__}")
-        dtypes = {x.dtype.name for x in (request.query, request.key_, request.value)}
-        if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float16"}:
-            found = " and ".join(sorted(dtypes))
-            reasons.append(f"it computes in bfloat16 or float16, not in {found}")
+        reasons += wider_than_16_bits(request.query, request.key_, request.value)
         sizes = {
             "head_dim": request.query.shape[-1],
             "value_dim": request.value.shape[-1],
