@@ -16,10 +16,11 @@ LOG2E = 1.4426950408889634
 THREADS = 128  # of a warpgroup
 
 
-def smem(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shared memory that the matrix units read: in tiles of 8 rows, swizzled."""
+def smem(shape: tuple[int, ...], dtype: Any, swizzle: int | None = None) -> Any:
+    """Shared memory that the matrix units read: in tiles of 8 rows, swizzled. `swizzle` is
+    the bytes of a row of a tile."""
     bits = jnp.dtype(dtype).itemsize * 8
-    swizzle = 128 if shape[-1] * bits % 1024 == 0 else 64
+    swizzle = swizzle or (128 if shape[-1] * bits % 1024 == 0 else 64)
     tiling = plgpu.TilingTransform((8, swizzle * 8 // bits))
     return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
 

@@ -90,7 +90,9 @@ def backward(
         x = x.swapaxes(1, 2)
         return jnp.pad(x, ((0, 0), (0, 0), (0, -q_len % block)), constant_values=value)
 
-    lse, delta = padded(lse * LOG2E, jnp.inf), padded(delta, 0)
+    # Products begin with these, where nothing comes between.
+    lse = padded(lse * (-LOG2E if folded is None else -1 / folded), -jnp.inf)
+    delta = padded(-delta, 0)
     dq = jax.new_ref(jnp.zeros(q.shape, jnp.float32))
 
     def kernel(*refs):
@@ -128,15 +130,25 @@ def backward(
             given = terms.given(inputs)
             plgpu.barrier_wait(kv_ready)
             if masked_ever:
-                # Keys that are not seen may hold NaN, of which 0 times is NaN.
-                for c in range(chunks):
-                    part = k_smem[c, own]
-                    finite = jnp.abs(part.astype(jnp.float32)) < jnp.inf
-                    k_smem[c, own] = jnp.where(finite, part, jnp.zeros_like(part))
+                # What is not seen may hold NaN, of which 0 times is NaN. What is seen does
+                # not need it here: lse and delta are NaN as well.
+                for part in (*(k_smem.at[c, own] for c in range(chunks)), v_smem.at[own]):
+                    x = part[...]
+                    finite = jnp.abs(x.astype(jnp.float32)) < jnp.inf
+                    part[...] = jnp.where(finite, x, jnp.zeros_like(x))
                 plgpu.commit_smem()
                 sync(_DONE, warpgroups * THREADS)
 
+            def columns(ref):
+                return along(plgpu.load(ref, layout=COLUMN), shape, 1)
+
+            def start(acc, ref, folded):
+                """What is to be added to each column of a product, in passing."""
+                if folded:
+                    acc[...] = columns(ref)
+
             def product_of(acc, slot):
+                start(acc, lse_smem.at[slot], "logit" not in terms.terms)
                 for c in range(chunks):
                     part = pl.ds(c * _CHUNK, _CHUNK)
                     plgpu.wgmma(acc, k_smem.at[c, own], q_smem.at[slot, :, part].T)
@@ -161,34 +173,35 @@ def backward(
                             await_queries(n)
                             product_of(s_acc, slot)
                         plgpu.barrier_wait(do_ready.at[slot])
+                        start(dp_acc, delta_smem.at[slot], "keep" not in terms.terms)
                         plgpu.wgmma(dp_acc, v_smem.at[own], do_smem.at[slot].T)
-                        low = plgpu.load(lse_smem.at[slot], layout=COLUMN)
                         if s_acc is not None:
                             product = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
                         logits = at["logit"](0, product) if "logit" in use else product
-                        weights = jnp.exp2(logits * (scale * LOG2E) - along(low, shape, 1))
+                        logits = logits * (scale * LOG2E)
+                        if "logit" in use:
+                            logits = logits + columns(lse_smem.at[slot])
+                        weights = jnp.exp2(logits)
                         if "visible" in use:
                             weights = jnp.where(at["visible"](), weights, 0.0)
                         if ragged:
-                            real = along(low, shape, 1) < jnp.inf
+                            real = columns(lse_smem.at[slot]) > -jnp.inf
                             weights = jnp.where(real, weights, 0.0)
                         dropped = weights
                         if "keep" in use:
                             keep = at["keep"]()
                             dropped = jnp.where(keep, weights * (1 / (1 - rate)), 0.0)
                         plgpu.wgmma(dv_acc, dropped.astype(dtype), do_smem.at[slot])
-                        delta = plgpu.load(delta_smem.at[slot], layout=COLUMN)
                         dweights = plgpu.wgmma_accumulator_load(dp_acc, wait_n=1)
                         if "keep" in use:
                             dweights = jnp.where(keep, dweights * (1 / (1 - rate)), 0.0)
-                        ds = weights * (dweights - along(delta, shape, 1))
+                            dweights = dweights + columns(delta_smem.at[slot])
+                        ds = weights * dweights
                         if "logit" in use:
                             ds = at["logit"](1, product, ds)
-                        if "visible" in use:
-                            # What is not seen may hold NaN, of which 0 times is NaN.
-                            ds = jnp.where(at["visible"](), ds, 0.0)
-                        if ragged:
-                            ds = jnp.where(real, ds, 0.0)
+                        if "visible" in use or ragged:
+                            # What is not seen may be NaN, of which 0 times is NaN.
+                            ds = jnp.where(weights == 0, 0.0, ds)
                         return ds.astype(dtype)
 
                     tile = plgpu.WGMMAAccumulatorRef(shape, jnp.float32)
@@ -200,16 +213,14 @@ def backward(
                     sync(_WRITTEN, warpgroups * THREADS)
 
                     def gradients(dq_acc, s_acc=None):
-                        plgpu.wgmma(dk_acc, ds, q_smem.at[slot])
                         plgpu.wgmma(dq_acc, ds_smem.at[buffer, q_chunk].T, k_smem.at[chunk])
+                        plgpu.wgmma(dk_acc, ds, q_smem.at[slot])
                         if s_acc is not None:
                             # After the last tile, this is of no use, and does no harm.
                             await_queries(n + 1)
                             product_of(s_acc, after)
-                        in_flight = 0 if s_acc is None else chunks
+                        in_flight = 1 if s_acc is None else 1 + chunks
                         dq = plgpu.wgmma_accumulator_load(dq_acc, wait_n=in_flight)
-                        plgpu.barrier_arrive(q_free.at[slot])
-                        plgpu.barrier_arrive(do_free.at[slot])
                         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                         dq_smem[wg] = dq
                         plgpu.commit_smem()
@@ -222,6 +233,9 @@ def backward(
                         plgpu.copy_smem_to_gmem(
                             dq_smem.at[wg], dq_ref.at[to], reduction_op="add"
                         )
+                        plgpu.wgmma_wait(0 if s_acc is None else chunks)
+                        plgpu.barrier_arrive(q_free.at[slot])
+                        plgpu.barrier_arrive(do_free.at[slot])
                         if s_acc is not None:
                             return plgpu.wgmma_accumulator_load(s_acc, wait_n=0)
 

@@ -234,11 +234,14 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
                         return softmax(masked, products, loaded, top, total)
 
                     accumulator = plgpu.WGMMAAccumulatorRef(shape, jnp.float32)
-                    weights, top, total, decay = pl.run_scoped(products, accumulator)
+                    new, top, total, decay = pl.run_scoped(products, accumulator)
                     out = plgpu.wgmma_accumulator_load(out_acc, wait_n=0)
+                    # Until here the old weights are read, which the compiler does not know:
+                    # it would give their registers to the new ones.
+                    out, _ = lax.optimization_barrier((out, weights))
                     plgpu.barrier_arrive(v_free.at[before])
                     out_acc[...] = out * along(decay, out.shape, 0)
-                    return weights, top, total
+                    return new, top, total
 
                 plgpu.barrier_wait(k_ready.at[0])
                 products, loaded = pl.run_scoped(
