@@ -69,7 +69,23 @@ SUPPORT: dict[str, tuple[tuple[str, ...], tuple[int, ...], Any]] = {
     "one key": (BOTH, (2, 300, 1, 4, 1, 128, 128), dict),
     "causal head_dim 64": (BOTH, (2, 600, 600, 4, 2, 64, 64), lambda: {"mask": C()}),
     "causal head_dim 40": (BOTH, (2, 300, 300, 4, 2, 40, 40), lambda: {"mask": C()}),
-    "causal head_dim 256": ((CUDNN,), (2, 512, 512, 4, 2, 256, 256), lambda: {"mask": C()}),
+    "causal head_dim 256": (BOTH, (2, 512, 512, 4, 2, 256, 256), lambda: {"mask": C()}),
+    "head_dim 256, ragged": (BOTH, (1, 333, 505, 4, 2, 256, 256), dict),
+    "causal head_dim 192, value_dim 128": (
+        (FLASH,),
+        (2, 512, 512, 4, 4, 192, 128),
+        lambda: {"mask": C()},
+    ),
+    "head_dim 160, value_dim 200": (
+        (FLASH,),
+        (2, 300, 300, 4, 2, 160, 200),
+        lambda: {"mask": C() & eqa.Segments(_ids(3, 2, 300)), "score": eqa.SoftCap(3.0)},
+    ),
+    "head_dim 256, dropout": (
+        (FLASH,),
+        (2, 300, 300, 4, 2, 256, 256),
+        lambda: {"mask": C(), "dropout": 0.3, "key": jax.random.key(0)},
+    ),
     "value_dim 64": ((FLASH,), (2, 512, 512, 4, 2, 128, 64), lambda: {"mask": C()}),
     "head_dim 64, value_dim 128": ((FLASH,), (2, 512, 512, 4, 2, 64, 128), dict),
     "score of NaN beyond the end": (

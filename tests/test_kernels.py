@@ -156,7 +156,7 @@ def test_refusals_name_the_reason(hopper):
     request = _on_hopper(_request(*3 * [q.astype(jnp.float32)]))
     for kind in (eqa.Flash, eqa.CuDNN):
         assert "not in float32" in kind().unsupported(request)[0]
-    wide = _on_hopper(_request(*3 * [jnp.zeros((1, 64, 2, 192), jnp.bfloat16)]))
+    wide = _on_hopper(_request(*3 * [jnp.zeros((1, 64, 2, 264), jnp.bfloat16)]))
     assert "head_dim" in eqa.Flash().unsupported(wide)[0]
     bias = eqa.RelativeBias(jnp.zeros((32, 2)))
     request = _on_hopper(_request(q, q, q, score=(bias,)))
@@ -245,16 +245,21 @@ def test_tables_hold_each_tile_that_is_seen(mask, kv_len, by_key):
     q, k = (jnp.zeros((1, n, 2, 64), jnp.bfloat16) for n in (40, kv_len))
     request = _request(q, k, k, mask=mask)
     block_q, block_k = 16, 8
-    columns, full, some = (np.asarray(x) for x in table(request, block_q, block_k, by_key))
+    got = table(request, block_q, block_k, by_key)
+    columns, full, some, before = (np.asarray(x) for x in got)
     dense = np.zeros((48, -(-kv_len // 8) * 8), bool)
     visible = eqa.attention_weights(*(x.astype(jnp.float32) for x in (q, k)), mask=mask)
     dense[:40, :kv_len] = np.asarray(visible)[0, 0] > 0
     covered = np.zeros_like(dense)
+    count: dict[int, int] = {}
     for row in range(full.shape[2]):
         for n in range(some[0, 0, row]):
             i, j = (columns[0, 0, row, n], row) if by_key else (row, columns[0, 0, row, n])
             tile = slice(i * 16, i * 16 + 16), slice(j * 8, j * 8 + 8)
             covered[tile] = True
+            column = columns[0, 0, row, n]
+            assert before[0, 0, row, n] == count.get(column, 0)
+            count[column] = count.get(column, 0) + 1
             if n < full[0, 0, row]:
                 rows = tile[0].start, min(tile[0].stop, 40)
                 assert dense[slice(*rows), tile[1]].all()

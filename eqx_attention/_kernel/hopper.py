@@ -5,9 +5,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm
+from jaxlib.mlir.dialects import llvm, nvvm
 
 
 TILE = plgpu.Layout.WGMMA
@@ -44,6 +45,45 @@ def arrive(name: Any, threads: int) -> None:
 
 def sync(name: Any, threads: int) -> None:
     _named_barrier("sync", name, threads)
+
+
+def opaque(x: jax.Array) -> jax.Array:
+    """The same number, of which the compiler knows nothing: what is computed from it is
+    computed here, and takes no registers before."""
+    return lax.optimization_barrier(x)
+
+
+def fence() -> None:
+    """Before a barrier: what was written into shared memory is then seen by the matrix
+    units and the copy engine."""
+
+    @plgpu.inline_mgpu()
+    def of_proxies(_):
+        kind, space = nvvm.ProxyKind.async_shared, nvvm.SharedSpace.shared_cta
+        nvvm.fence_proxy(kind, space=space)
+
+    of_proxies()
+
+
+def await_count(counter: Any, value: Any) -> None:
+    """Waits until a number in global memory is at least `value`."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT(())))
+    def wait(_, ref, value):
+        semaphore = utils.SemaphoreRef(utils.memref_ptr(ref))
+        semaphore.wait(value.registers[()], decrement=False, memory_scope="gpu")
+
+    wait(counter, jnp.asarray(value, jnp.int32))
+
+
+def count(counter: Any) -> None:
+    """Adds one, once what this warpgroup wrote before is there for all to see."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def signal(_, ref):
+        utils.SemaphoreRef(utils.memref_ptr(ref)).signal(1, memory_scope="gpu")
+
+    signal(counter)
 
 
 def full(shape: tuple[int, ...], value: float, layout: Any) -> jax.Array:

@@ -117,12 +117,11 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
         whole, some = full_ref[row], some_ref[row]
 
         def give_turn():
-            if warpgroups == 2:
-                arrive(_TURN + 1 - wg, 2 * THREADS)
+            after = lax.rem(wg + 1, warpgroups)
+            arrive(_TURN + after, 2 * THREADS)
 
         def take_turn():
-            if warpgroups == 2:
-                sync(_TURN + wg, 2 * THREADS)
+            sync(_TURN + wg, 2 * THREADS)
 
         @pl.when(wg < warpgroups)
         def _compute():
@@ -198,7 +197,7 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
                     return out, top, total
 
                 plgpu.barrier_wait(k_ready.at[0])
-                pl.when(wg == 1)(take_turn)
+                pl.when(wg > 0)(take_turn)
                 carry = (
                     full((blocks.query, value_dim), 0.0, TILE),
                     full((blocks.query,), -jnp.inf, ROW),
@@ -207,7 +206,7 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
                 carry = lax.fori_loop(0, whole, ft.partial(step, False), carry)
                 if may_mask:
                     carry = lax.fori_loop(whole, some, ft.partial(step, True), carry)
-                pl.when(wg == 0)(give_turn)
+                pl.when(wg < warpgroups - 1)(give_turn)
                 return carry
 
             def overlapped(out_acc):
@@ -251,7 +250,7 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
                 top = full((blocks.query,), -jnp.inf, ROW)
                 total = full((blocks.query,), 0.0, ROW)
                 *carry, _ = softmax(may_mask, products, loaded, top, total)
-                pl.when(wg == 1)(give_turn)
+                pl.when(wg == warpgroups - 1)(give_turn)
                 carry = lax.fori_loop(1, whole, ft.partial(step, False), tuple(carry))
                 if may_mask:
                     begin = jnp.maximum(whole, 1)
@@ -331,5 +330,5 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
             free,
             free,
         ),
-    )(q, k, v, *tiles, *terms.arrays)
+    )(q, k, v, *tiles[:3], *terms.arrays)
     return out[:, :q_len], lse[..., :q_len].swapaxes(1, 2)

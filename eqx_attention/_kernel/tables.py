@@ -15,11 +15,13 @@ from .._static import is_array
 
 class Table(NamedTuple):
     """For each (batch, key head, row of tiles): the tiles of the row that are not EMPTY,
-    those that are FULL first; how many are FULL; and how many there are."""
+    those that are FULL first; how many are FULL; and how many there are; and for each of
+    those tiles, how many of its column are in rows before."""
 
     columns: Int[Array, "#batch #head rows columns"]
     full: Int[Array, "#batch #head rows"]
     some: Int[Array, "#batch #head rows"]
+    before: Int[Array, "#batch #head rows columns"]
 
     def at(self, batch, kv_head, row) -> tuple:
         """Where a row's entries are."""
@@ -49,9 +51,13 @@ def table(request: Request, block_q: int, block_k: int, by_key: bool = False) ->
             found = Kinds(found.some, found.every.at[..., -1].set(False))
         if by_key:
             found = Kinds(*(x.swapaxes(2, 3) for x in found))
-        columns, full, some = lists(found)
         # Each row computes a tile, also one that sees nothing: masked, that is harmless.
-        return Table(columns, full, jnp.maximum(some, 1))
+        none = ~found.some.any(-1)
+        found = found._replace(some=found.some.at[..., 0].set(found.some[..., 0] | none))
+        columns, full, some = lists(found)
+        there = found.some.astype(jnp.int32)
+        before = jnp.cumsum(there, axis=2) - there
+        return Table(columns, full, some, jnp.take_along_axis(before, columns, -1))
 
     if any(map(is_array, jax.tree.leaves((pairs.mask, pairs.q, pairs.kv)))):
         return build()

@@ -1,18 +1,18 @@
 import dataclasses
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._device import compute_capability, version_of_jax, wider_than_16_bits
-from .._mask import Full
 from .base import AbstractMechanism, Blocks, Gradients, Request
 from .blockwise import Blockwise
 from .hidden import again_if_nan, seen_queries
 
 
 _OLDEST_JAX = (0, 11)
-_LARGEST = 128
+_LARGEST = 256
 
 
 class Flash(AbstractMechanism):
@@ -23,10 +23,10 @@ class Flash(AbstractMechanism):
     loaded nor computed, those that are FULL are not masked.
 
     In the backward pass, gradients of queries are added up in an order that differs from
-    run to run, and so by rounding (of float32) do they; all others are the same. The
-    gradients of scores' own arrays (the slopes of [`eqx_attention.ALiBi`][], say) are
-    computed by [`eqx_attention.Blockwise`][]. A call whose values hold NaN where they
-    are hidden is computed twice.
+    run to run, and so by rounding (of float32) do they, unless `reproducible`; all others
+    are the same each time. The gradients of scores' own arrays (the slopes of
+    [`eqx_attention.ALiBi`][], say) are computed by [`eqx_attention.Blockwise`][]. A call
+    whose values hold NaN where they are hidden is computed twice.
 
     ??? cite
 
@@ -44,6 +44,16 @@ class Flash(AbstractMechanism):
         }
         ```
     """
+
+    reproducible: bool = eqx.field(static=True)
+
+    def __init__(self, reproducible: bool = False):
+        """**Arguments:**
+
+        - `reproducible`: whether gradients are the same, bit by bit, each time they are
+            computed, which takes longer. Default `False`.
+        """
+        self.reproducible = reproducible
 
     def unsupported(self, request: Request) -> tuple[str, ...]:
         reasons = []
@@ -81,8 +91,7 @@ class Flash(AbstractMechanism):
 
         def of(request):
             wide = _padded(request)
-            blocks = forward_blocks(*_sizes(wide))
-            out, lse = forward(wide, blocks)
+            out, lse = forward(wide, forward_blocks(*_sizes(wide)))
             return out[..., : request.value.shape[-1]], lse
 
         return again_if_nan(of, request)
@@ -96,11 +105,12 @@ class Flash(AbstractMechanism):
         dlse: Float[Array, "batch q_len q_heads"] | None,
         wrt: tuple[int, ...],
     ) -> Gradients:
-        from .._kernel.hopper_backward import backward
+        from .._kernel import hopper_backward, hopper_backward_wide
         from .._kernel.tuning import backward_blocks
 
         wide = _padded(seen_queries(request, lse))
-        blocks = backward_blocks(*_sizes(wide))
+        sizes = _sizes(wide)
+        kernels = hopper_backward if max(sizes) <= 128 else hopper_backward_wide
         empty = jnp.isneginf(lse)
         dout_ = jnp.where(empty[..., None], 0, dout)
         delta = (dout_.astype(lse.dtype) * out.astype(lse.dtype)).sum(-1)
@@ -108,7 +118,8 @@ class Flash(AbstractMechanism):
             delta = delta - jnp.where(empty, 0, dlse)
         low = jnp.where(empty, jnp.inf, lse)
         dout_ = _wider(dout_.astype(request.query.dtype), wide.value.shape[-1])
-        grads = backward(wide, low, delta, dout_, blocks)
+        blocks = backward_blocks(*sizes, self.reproducible)
+        grads = kernels.backward(wide, low, delta, dout_, blocks)
         inputs = (request.query, request.key_, request.value)
         dq, dk, dv = (
             x[..., : y.shape[-1]].astype(request.result_dtype)
@@ -125,8 +136,7 @@ class Flash(AbstractMechanism):
     def explain(self, request: Request) -> str:
         from .._kernel.tuning import forward_blocks
 
-        head_dim, value_dim, masked = _sizes(request)
-        blocks = forward_blocks(_wide(head_dim), _wide(value_dim), masked)
+        blocks = forward_blocks(*map(_wide, _sizes(request)))
         return (
             f"flash: tiles of {blocks.query} queries × {blocks.key} keys, "
             f"{blocks.warpgroups} a block of threads; forward and backward in kernels for "
@@ -143,10 +153,9 @@ def _wider(x: Array, size: int) -> Array:
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, size - x.shape[-1])))
 
 
-def _sizes(request: Request) -> tuple[int, int, bool]:
-    """`(head_dim, value_dim, whether there is a mask)`."""
-    masked = not isinstance(request.pairs.mask, Full)
-    return request.query.shape[-1], request.value.shape[-1], masked
+def _sizes(request: Request) -> tuple[int, int]:
+    """`(head_dim, value_dim)`."""
+    return request.query.shape[-1], request.value.shape[-1]
 
 
 def _padded(request: Request) -> Request:

@@ -1,0 +1,311 @@
+"""What the kernels of the backward pass share: their operands, the arithmetic of a tile,
+how it is loaded, and whose turn it is to add to a gradient of queries.
+
+A block of threads has a row of tiles: some keys, and all the queries that see them.
+"""
+
+import functools as ft
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from .._axes import ceil_div
+from .._mechanism.base import Request
+from .hopper import along, await_count, COLUMN, count, LOG2E, whole_rows
+from .schedule import place_of, section
+from .tables import never_masked, table
+from .terms import AtTile, folded_scale, keep_fn, logit_fn, Place, terms_of, visible_fn
+
+
+class Blocks(NamedTuple):
+    """How a backward kernel is cut: queries of a tile, keys of a product, and how many
+    tiles of queries and of gradients of outputs are in flight; and whether gradients of
+    queries are added up in the same order each time, which takes longer."""
+
+    query: int = 64
+    key: int = 64
+    stages: int = 2
+    dout_stages: int = 2
+    in_order: bool = False
+
+
+class Refs(NamedTuple):
+    """The arrays of a kernel, in global memory."""
+
+    q: Any
+    k: Any
+    v: Any
+    dout: Any
+    lse: Any
+    delta: Any
+    columns: Any
+    full: Any
+    some: Any
+    before: Any
+    inputs: Sequence[Any]
+    added: Sequence[Any]
+    dq: Any
+    dk: Any
+    dv: Any
+
+
+class Work:
+    """A request as a backward kernel takes it."""
+
+    def __init__(
+        self,
+        request: Request,
+        lse: jax.Array,
+        delta: jax.Array,
+        dout: jax.Array,
+        blocks: Blocks,
+        rows: int,
+        parts: int,
+    ):
+        """`rows` are the keys of a block of threads; a tile of gradients of queries is
+        added in so many parts."""
+        operands = (request.query, request.key_, request.value, dout)
+        self.q, self.k, self.v, self.dout = map(whole_rows, operands)
+        self.request, self.blocks, self.rows = request, blocks, rows
+        batch, q_len, heads, _ = request.query.shape
+        self.kv_heads = request.key_.shape[2]
+        self.num_rows = ceil_div(request.lengths[1], rows)
+        self.tiles = table(request, blocks.query, rows, by_key=True)
+        folded = folded_scale(request.pairs)
+        self.scale = 1.0 if folded is None else folded
+        # Queries beyond the end see nothing, but a score may make NaN of them.
+        self.ragged = folded is None and q_len % blocks.query != 0
+        self.rate = request.pairs.dropout.rate if request.pairs.dropout else 0.0
+        self.may_mask = not never_masked(request, rows)
+        self.terms = terms_of(
+            request,
+            blocks.query,
+            rows,
+            {
+                "visible": visible_fn(request, rows) if self.may_mask else None,
+                "logit": logit_fn if folded is None else None,
+                "keep": keep_fn if self.rate else None,
+            },
+            by_key=True,
+        )
+        # Whether the product that is to become the logits, and that which is to become the
+        # gradients of the weights, begin with what is to be added.
+        self.folds = "logit" not in self.terms.terms, "keep" not in self.terms.terms
+
+        def padded(x, value):
+            x = x.swapaxes(1, 2)
+            rest = -q_len % blocks.query
+            return jnp.pad(x, ((0, 0), (0, 0), (0, rest)), constant_values=value)
+
+        low = lse * (-LOG2E if folded is None else -1 / folded)
+        self.lse, self.delta = padded(low, -jnp.inf), padded(-delta, 0)
+        self.dq = jax.new_ref(jnp.zeros(self.q.shape, jnp.float32))
+        # Of each part of a tile of dq, how many were added.
+        counts = (batch, heads, ceil_div(q_len, blocks.query), parts)
+        self.added = [jax.new_ref(jnp.zeros(counts, jnp.int32))] if blocks.in_order else []
+        # A row waits for those before it: few are to be computed at once.
+        side_by_side = batch * self.kv_heads if blocks.in_order else section(request)
+        self.place = place_of(batch, self.kv_heads, self.num_rows, side_by_side)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of threads."""
+        return self.q.shape[0] * self.kv_heads * self.num_rows
+
+    @property
+    def arrays(self) -> list[Any]:
+        operands = (self.q, self.k, self.v, self.dout, self.lse, self.delta)
+        return [*operands, *self.tiles, *self.terms.arrays, *self.added, self.dq]
+
+    @property
+    def out_type(self) -> tuple[Any, ...]:
+        return tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (self.k, self.v))
+
+    def refs(self, refs: Sequence[Any]) -> tuple[Refs, Sequence[Any]]:
+        """In the kernel: its arrays, and its scratch."""
+        given, refs = refs[:10], refs[10:]
+        inputs, refs = refs[: self.terms.count], refs[self.terms.count :]
+        added, refs = refs[: len(self.added)], refs[len(self.added) :]
+        return Refs(*given, inputs, added, *refs[:3]), refs[3:]
+
+    def gradients(self, dk: jax.Array, dv: jax.Array) -> tuple[jax.Array, ...]:
+        q_len, kv_len = self.request.lengths
+        return self.dq[...][:, :q_len] * self.scale, dk[:, :kv_len], dv[:, :kv_len]
+
+    def at(self, refs: Refs, place: Place, masked: bool) -> dict[str, AtTile]:
+        """In the kernel: the terms on one tile."""
+        given = self.terms.given(refs.inputs)
+        use = [name for name in given if masked or name != "visible"]
+        return {
+            n: given[n].at(given[n].load(place, given[n].load(place)), place) for n in use
+        }
+
+    def weights(
+        self, at: dict[str, AtTile], product: jax.Array, low: Callable[[], jax.Array]
+    ) -> jax.Array:
+        logits = at["logit"](0, product) if "logit" in at else product
+        logits = logits * (self.scale * LOG2E)
+        weights = jnp.exp2(logits if self.folds[0] else logits + low())
+        if "visible" in at:
+            weights = jnp.where(at["visible"](), weights, 0.0)
+        return jnp.where(low() > -jnp.inf, weights, 0.0) if self.ragged else weights
+
+    def dropped(self, at: dict[str, AtTile], x: jax.Array) -> jax.Array:
+        """Dropout of weights, and of their gradients."""
+        if "keep" not in at:
+            return x
+        return jnp.where(at["keep"](), x * (1 / (1 - self.rate)), 0.0)
+
+    def ds(
+        self,
+        at: dict[str, AtTile],
+        product: jax.Array,
+        weights: jax.Array,
+        dweights: jax.Array,
+        delta: Callable[[], jax.Array],
+    ) -> jax.Array:
+        """The gradient of the product."""
+        dweights = self.dropped(at, dweights)
+        ds = weights * (dweights if self.folds[1] else dweights + delta())
+        if "logit" in at:
+            ds = at["logit"](1, product, ds)
+        if "visible" in at or self.ragged:
+            # What is not seen may be NaN, of which 0 times is NaN.
+            ds = jnp.where(weights == 0, 0.0, ds)
+        return ds
+
+
+class Row:
+    """In the kernel: one row of tiles, and its block of threads."""
+
+    def __init__(self, work: Work, refs: Refs):
+        self.work, self.refs = work, refs
+        self.batch, self.kv_head, self.number = work.place(lax.axis_index("block"))
+        self.at = work.tiles.at(self.batch, self.kv_head, self.number)
+        self.whole, self.some = refs.full[self.at], refs.some[self.at]
+        self.k_base = self.number * work.rows
+
+    @property
+    def num_tiles(self) -> Any:
+        return self.work.request.groups * self.some
+
+    def tile(self, n: Any) -> tuple[Any, Any, tuple]:
+        """Of the `n`-th tile: its head, its column, and where the row's lists have it."""
+        groups = self.work.request.groups
+        group, t = (lax.div(n, self.some), lax.rem(n, self.some)) if groups > 1 else (0, n)
+        here = (*self.at, t)
+        return self.kv_head * groups + group, self.refs.columns[here], here
+
+    def for_tiles(self, step: Callable[[bool, Any], None]) -> None:
+        """`step(masked, n)` for each tile."""
+        groups = self.work.request.groups
+
+        def of_group(g, _):
+            def one(masked, t, _):
+                step(masked, g * self.some + t)
+
+            lax.fori_loop(0, self.whole, ft.partial(one, False), None)
+            if self.work.may_mask:
+                lax.fori_loop(self.whole, self.some, ft.partial(one, True), None)
+
+        if groups == 1:
+            of_group(0, None)
+        else:
+            lax.fori_loop(0, groups, of_group, None)
+
+    def queries(self, n: Any) -> tuple[Any, Any]:
+        """The head of the `n`-th tile, and its first query."""
+        head, column, _ = self.tile(n)
+        return head, column * self.work.blocks.query
+
+    def copy(self, kv: Any, q: Any, dout: Any) -> None:
+        """Loads all tiles. `kv` is `(k_smem, v_smem, ready)`, the others are
+        `(smem, numbers, ready, free)`, where the numbers are lse or delta."""
+        work, refs = self.work, self.refs
+        keys = (self.batch, pl.ds(self.k_base, work.rows), self.kv_head)
+        _copy_parts(refs.k, keys, kv[0], kv[2])
+        _copy_parts(refs.v, keys, kv[1], kv[2])
+
+        def load(n, _):
+            head, first = self.queries(n)
+            rows = pl.ds(first, work.blocks.query)
+
+            def one(ref, numbers_ref, smem, numbers, ready, free):
+                slot = lax.rem(n, smem.shape[0])
+
+                @pl.when(n >= smem.shape[0])
+                def _():
+                    plgpu.barrier_wait(free.at[slot])
+
+                at, to = (self.batch, rows, head), ready.at[slot]
+                _copy_parts(ref, at, smem.at[slot], to)
+                numbers_at = numbers_ref.at[self.batch, head, rows]
+                plgpu.copy_gmem_to_smem(numbers_at, numbers.at[slot], to)
+
+            one(refs.q, refs.lse, *q)
+            one(refs.dout, refs.delta, *dout)
+
+        lax.fori_loop(0, self.num_tiles, load, None)
+
+    def take_turn(self, n: Any, part: Any, copies: int) -> None:
+        """Says that the part of dq before the last is there, and waits until that of this
+        tile may be added. Each part is added in so many copies."""
+        if not self.refs.added:
+            return
+
+        @pl.when(n > 1)
+        def _():
+            plgpu.wait_smem_to_gmem(copies)
+            self._count(n - 2, part)
+
+        _, _, here = self.tile(n)
+        await_count(self._counter(n, part), self.refs.before[here])
+
+    def end_turns(self, part: Any) -> None:
+        if not self.refs.added:
+            return
+        plgpu.wait_smem_to_gmem(0)
+        last = self.num_tiles - 1
+        pl.when(last > 0)(lambda: self._count(last - 1, part))
+        self._count(last, part)
+
+    def _counter(self, n: Any, part: Any) -> Any:
+        head, column, _ = self.tile(n)
+        return self.refs.added[0].at[self.batch, head, column, part]
+
+    def _count(self, n: Any, part: Any) -> None:
+        count(self._counter(n, part))
+
+    def add(self, dq: jax.Array, smem: Any, at: tuple) -> None:
+        """Adds a part of a tile to the gradient of queries."""
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        smem[...] = dq
+        plgpu.commit_smem()
+        to = self.refs.dq.at[(self.batch, *at)]
+        plgpu.copy_smem_to_gmem(smem, to, reduction_op="add")
+
+
+def _copy_parts(ref: Any, at: tuple, smem: Any, barrier: Any) -> None:
+    """Shared memory has the columns of an array in parts."""
+    parts, *_, size = smem.shape
+    for c in range(parts):
+        here = (*at, pl.ds(c * size, size))
+        plgpu.copy_gmem_to_smem(ref.at[here], smem.at[c], barrier)
+
+
+def columns(ref: Any, shape: tuple[int, int]) -> jax.Array:
+    """One number for each query, on a tile."""
+    return along(plgpu.load(ref, layout=COLUMN), shape, 1)
+
+
+def clean(ref: Any) -> None:
+    """Keys that are not seen may hold NaN, of which 0 times is NaN. What is seen does not
+    need it here: lse and delta are NaN as well."""
+    x = ref[...]
+    finite = jnp.abs(x.astype(jnp.float32)) < jnp.inf
+    ref[...] = jnp.where(finite, x, jnp.zeros_like(x))
