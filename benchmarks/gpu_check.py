@@ -49,8 +49,44 @@ def _every_third(q_pos, kv_pos, head, q_feature, kv_feature, params):
     return (q_pos - kv_pos) % 3 == head % 3
 
 
+def _looked_up(logit, q_pos, kv_pos, head, q_feature, kv_feature, params):
+    return logit + params["t"][head, jnp.clip(q_pos - kv_pos, 0, 39)]
+
+
+def _every_lookup(logit, q_pos, kv_pos, head, q_feature, kv_feature, params):
+    """Lookups of every kind, most of them beyond the table too."""
+    far, t, either = q_pos - kv_pos, params["t"], jnp.maximum(q_feature, kv_feature)
+    narrow = t.astype(jnp.bfloat16)[0].at[far].get(mode="clip").astype(logit.dtype)
+    filled = jnp.take(t[0], far, mode="fill", fill_value=2.0)
+    outside = jnp.isnan(jnp.take(t[1], far))
+    added = (
+        t[head, far],
+        narrow,
+        filled,
+        jnp.where(outside, 1.0, 0.0),
+        t.T[kv_pos % 7, q_pos % 3],
+        jnp.take(t[2], far, mode="wrap"),
+        t.reshape(4, 5, 2)[head, far % 5, 1],
+        t[0, either],
+        params["whole"][far % 7].astype(logit.dtype),
+        t[head][..., 3],
+    )
+    seen = (t[1] > 0)[q_pos % 4 + kv_pos % 4]
+    return jnp.where(seen, sum(added, logit), logit * t[2][far - 5])
+
+
+def _sees(q_pos, kv_pos, head, q_feature, kv_feature, params):
+    return params["t"][q_feature, kv_feature]
+
+
 def _random(*shape, dtype=jnp.float32, seed=7):
     return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+def _lookups(*lengths: int):
+    params = {"t": _random(4, 10), "whole": jnp.arange(7, dtype=jnp.int16)}
+    q_feature, kv_feature = (jnp.arange(n, dtype=jnp.int16) % 5 for n in lengths)
+    return eqa.ScoreFn(_every_lookup, q_feature, kv_feature, params)
 
 
 # What each mechanism is expected to support: name -> (mechanisms, shape, options). A shape
@@ -129,7 +165,40 @@ SUPPORT: dict[str, tuple[tuple[str, ...], tuple[int, ...], Any]] = {
         lambda: {"score": eqa.ScoreFn(_score, params={"height": jnp.arange(4.0)})},
     ),
     "bias": ((FLASH,), _SHAPE, lambda: {"score": eqa.Bias(_random(4, 512, 512))}),
-    "relative bias": ((), _SHAPE, lambda: {"score": eqa.RelativeBias(_random(32, 4))}),
+    "relative bias": (
+        (FLASH,),
+        _SHAPE,
+        lambda: {"score": eqa.RelativeBias(_random(32, 4))},
+    ),
+    "relative bias, causal": (
+        (FLASH,),
+        (2, 1000, 777, 4, 2, 128, 128),
+        lambda: {"mask": C(), "score": eqa.RelativeBias(_random(32, 4), False)},
+    ),
+    "relative bias, far": (
+        (FLASH,),
+        _SHAPE,
+        lambda: {"score": eqa.RelativeBias(_random(32, 4), max_distance=10_000)},
+    ),
+    "lookup": (
+        (FLASH,),
+        _SHAPE,
+        lambda: {"score": eqa.ScoreFn(_looked_up, params={"t": _random(4, 40)})},
+    ),
+    "lookup of every kind": (
+        (FLASH,),
+        (2, 1000, 777, 4, 2, 64, 64),
+        lambda: {"mask": C(), "score": _lookups(1000, 777)},
+    ),
+    "lookup of two features": (
+        (FLASH,),
+        _SHAPE,
+        lambda: {
+            "mask": eqa.Predicate(
+                _sees, _ids(3, 2, 512), _ids(4, 2, 512), {"t": _random(5, 5) > 0}
+            )
+        },
+    ),
     "scale of each head": ((FLASH,), _SHAPE, lambda: {"scale": jnp.arange(1, 5.0) / 8}),
     "dropout": (
         (FLASH,),

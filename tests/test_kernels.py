@@ -7,6 +7,7 @@ What they compute is checked on a GPU by benchmarks/gpu_check.py, whose cases th
 import dataclasses
 import importlib.util
 import pathlib
+import re
 
 import equinox as eqx
 import eqx_attention as eqa
@@ -16,11 +17,15 @@ import numpy as np
 import pytest
 from eqx_attention import _device
 from eqx_attention._attention import _call
+from eqx_attention._axes import Block
+from eqx_attention._kernel import lookup
 from eqx_attention._kernel.pairwise import NotElementwise
 from eqx_attention._kernel.tables import table
-from eqx_attention._kernel.terms import logit_fn, Term, visible_fn
+from eqx_attention._kernel.terms import logit_fn, Place, Term, terms_of, visible_fn
 from eqx_attention._mechanism import attention, cudnn, flash
+from eqx_attention._mechanism.tile import TileOf
 from eqx_attention._request import request_of
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 
 def _gpu_check():
@@ -33,6 +38,8 @@ def _gpu_check():
 
 CHECK = _gpu_check()
 NEW = _device.version_of_jax() >= (0, 11)
+TILES = ["segments", "dense", "predicate", "score function", "bias", "positions"]
+TILES += [name for name in CHECK.SUPPORT if "lookup" in name or "relative" in name]
 HOPPER = [name for name, (able, *_) in CHECK.SUPPORT.items() if "flash" in able]
 
 
@@ -158,9 +165,9 @@ def test_refusals_name_the_reason(hopper):
         assert "not in float32" in kind().unsupported(request)[0]
     wide = _on_hopper(_request(*3 * [jnp.zeros((1, 64, 2, 264), jnp.bfloat16)]))
     assert "head_dim" in eqa.Flash().unsupported(wide)[0]
-    bias = eqa.RelativeBias(jnp.zeros((32, 2)))
-    request = _on_hopper(_request(q, q, q, score=(bias,)))
-    assert "gather" in eqa.Flash().unsupported(request)[0]
+    score = eqa.ScoreFn(lambda logit, *_: jnp.sort(logit, axis=-1))
+    request = _on_hopper(_request(q, q, q, score=(score,)))
+    assert "no sort of pairs, as this score" in eqa.Flash().unsupported(request)[0]
 
 
 def test_other_gpus(hopper, monkeypatch):
@@ -206,12 +213,125 @@ def test_pairs_must_be_elementwise():
     (
         (lambda logit, *_: jnp.abs(logit) ** 0.5, "pow"),
         (lambda logit, *_: logit % 3.0, "rem"),
+        (lambda x, i, j, *_: x * abs((i - j).astype(jnp.int8)).astype(x.dtype), "8-bit"),
     ),
 )
 def test_what_the_compiler_lacks_is_refused(fn, word, hopper):
     q = jnp.zeros((1, 64, 2, 64), jnp.bfloat16)
     request = _on_hopper(_request(q, q, q, score=(eqa.ScoreFn(fn),)))
     assert word in " ".join(eqa.Flash().unsupported(request))
+
+
+def _several(table, i, _):
+    return table.reshape(5, 8)[jnp.clip(i, 0, 4)].sum(-1)
+
+
+def _of_queries(table, i, feature):
+    table = jnp.concatenate([feature[..., None], feature[..., None] + 1], axis=-1)
+    return jnp.take_along_axis(table, jnp.clip(i, 0, 1)[..., None], axis=-1)[..., 0]
+
+
+def _joined(table, i, _):
+    i = i[..., None]
+    return table[jnp.concatenate([i, -i], axis=-1)].sum(-1)
+
+
+def _one_hot(table, i, _):
+    return table.at[i].get(mode=jax.lax.GatherScatterMode.ONE_HOT)
+
+
+@pytest.mark.parametrize(
+    "fn, reason",
+    (
+        (_several, "gather of several elements a pair"),
+        (_of_queries, "gather of pairs from a table of each query or key"),
+        (_joined, "concatenate of pairs"),
+        (_one_hot, "gather of pairs in mode"),
+        (
+            lambda t, i, _: t.astype(jnp.complex64)[i].real,
+            "gather of pairs from a table of complex64",
+        ),
+    ),
+)
+def test_lookups_that_are_refused(fn, reason, hopper):
+    def of_pair(logit, q_pos, kv_pos, head, q_feature, kv_feature, params):
+        return logit + fn(params["t"], q_pos - kv_pos, q_feature)
+
+    q = jnp.zeros((1, 64, 2, 64), jnp.bfloat16)
+    params = {"t": jnp.arange(40.0)}
+    score = eqa.ScoreFn(of_pair, q_features=jnp.zeros(64), params=params)
+    request = _on_hopper(_request(q, q, q, score=(score,)))
+    (found,) = eqa.Flash().unsupported(request)
+    assert re.search(f"compute no ({reason}).*, as this score does", found)
+
+
+class _Ref:
+    """An array in the memory of a GPU, as far as terms look at it."""
+
+    def __init__(self, array):
+        self.array = array
+        self.at = self
+
+    def __getitem__(self, at):
+        parts = [slice(x.start, x.start + x.size) if hasattr(x, "size") else x for x in at]
+        return self.array[tuple(parts)]
+
+
+@pytest.fixture
+def without_a_gpu(monkeypatch):
+    """Terms are evaluated by numpy, so to say. What is read of tables must be in them."""
+
+    def iota(dtype, shape, axis, *, layout):
+        return jax.lax.broadcasted_iota(dtype, shape, axis)
+
+    def read(table, index):
+        assert index.dtype == jnp.int32
+        assert 0 <= index.min() and index.max() < table.size
+        return table[index]
+
+    monkeypatch.setattr(plgpu, "broadcasted_iota", iota)
+    monkeypatch.setattr(plgpu, "layout_cast", lambda x, layout: x)
+    monkeypatch.setattr(plgpu, "load", lambda x, *, layout, optimized: x)
+    monkeypatch.setattr(lookup, "read", read)
+
+
+@pytest.mark.parametrize("by_key", (False, True))
+@pytest.mark.parametrize("name", TILES)
+def test_terms_on_a_tile(name, by_key, without_a_gpu):
+    """What is computed in the kernels, of a tile, against the portable mechanisms'."""
+    (q, k, v), _, options = _case(name)
+    request = _request(q, k, v, **options)
+    batch, heads, (q_len, kv_len) = q.shape[0], q.shape[2], request.lengths
+    shape = (batch, heads, q_len, kv_len)
+    product, cotangent = jax.random.normal(jax.random.key(1), (2, *shape))
+    whole = Block((0, 0, 0, 0), shape)
+    masked = TileOf(request, whole, masked=True).logits
+    seen = ~jnp.isneginf(masked(product))
+    want, pull = jax.vjp(TileOf(request, whole, masked=False).logits, product)
+    fns = {"visible": visible_fn(request, 64), "logit": logit_fn}
+    given = terms_of(request, 128, 64, fns, by_key)
+    given = given.given([_Ref(x) for x in given.arrays])
+    b, h, i, j = batch - 1, heads - 2 if heads > 1 else 0, q_len // 128 * 64, kv_len // 64
+    place = Place(b, h, i, j // 2 * 64, (64, 128) if by_key else (128, 64), int(by_key))
+    tile = (b, h, slice(i, min(i + 128, q_len)), slice(place.key, place.key + 64))
+    at = {n: x.at(x.load(place, x.load(place)), place) for n, x in given.items()}
+
+    def padded(x):
+        x = x[tile]
+        x = jnp.pad(x, ((0, 128 - x.shape[0]), (0, 64 - x.shape[1])))
+        return x.T if by_key else x
+
+    def real(x):
+        rows, columns = np.asarray(want[tile]).shape
+        return np.asarray(x.T if by_key else x)[:rows, :columns]
+
+    visible = real(at["visible"]())
+    products, cotangents = padded(product), padded(cotangent)
+    got = real(at["logit"](0, products))
+    gradient = real(at["logit"](1, products, cotangents))
+    assert np.array_equal(visible & ~np.isneginf(got), np.asarray(seen[tile]))
+    for x, y in ((got, want), (gradient, pull(cotangent)[0])):
+        np.testing.assert_allclose(x, np.asarray(y[tile]), rtol=1e-4, atol=1e-4)
 
 
 def test_cudnn_refuses_what_was_not_checked(hopper):

@@ -5,7 +5,7 @@ The function is traced at one pair, into a graph. What belongs to one side alone
 key, a head) is computed outside, once for each token, by any operation of JAX; only what
 joins the two sides is computed in the kernel, on a whole tile at once, and that must be
 elementwise. So a function may look into a table by head or by feature, and yet costs the
-kernel one load for each row.
+kernel one load for each row. What looks into a table by pair becomes a `Lookup` there.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,6 +20,7 @@ from jax.extend.core import Literal
 from jaxtyping import Array
 
 from .hopper import COLUMN, ROW, TILE
+from .lookup import Lookup, NotElementwise
 
 
 HEAD, QUERY, KEY, PAIR = "head", "query", "key", "pair"
@@ -34,15 +35,14 @@ _SHAPE = frozenset(
     """broadcast_in_dim copy copy_p expand_dims reshape squeeze stop_gradient
     transpose""".split()
 )
+# Of numbers of 8 bits, it has these.
+_ANY_WIDTH = _SHAPE | {"convert_element_type"}
 _CALLS = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call")
 
 
-class NotElementwise(Exception):
-    """What a function does to pairs that a kernel cannot."""
-
-
 class Node(NamedTuple):
-    """One value of the graph. `axes` are those on which it depends."""
+    """One value of the graph. `axes` are those on which it depends. A `table` is one that
+    pairs look into: it has more than one entry."""
 
     primitive: Any
     params: dict[str, Any]
@@ -51,6 +51,7 @@ class Node(NamedTuple):
     inside: bool
     number: int
     dtype: Any
+    table: bool = False
 
 
 class Graph:
@@ -76,9 +77,9 @@ class Graph:
         for out in self.outputs:
             self._collect(out, seen)
 
-    def _node(self, primitive, params, inputs, axes, inside, dtype) -> Node:
+    def _node(self, primitive, params, inputs, axes, inside, dtype, table=False) -> Node:
         self.count += 1
-        return Node(primitive, params, inputs, axes, inside, self.count, dtype)
+        return Node(primitive, params, inputs, axes, inside, self.count, dtype, table)
 
     def _run(self, jaxpr, consts, arguments) -> list[Any]:
         env: dict[Any, Any] = dict(zip(jaxpr.invars, arguments, strict=True))
@@ -110,14 +111,33 @@ class Graph:
         inside = joins or (bool(sided) and all(x.inside for x in sided))
         simple = name in _ELEMENTWISE or name in _SHAPE
         dtype: Any = getattr(eqn.outvars[0].aval, "dtype", None)
+        if joins and name == "gather":
+            return self._lookup(eqn, *inputs, axes)
+        if any(map(_is_indices, nodes)):
+            raise NotElementwise("concatenate of pairs")
+        if joins and name == "concatenate" and all(v.aval.size == 1 for v in eqn.invars):
+            return self._node(eqn.primitive, eqn.params, inputs, axes, True, dtype)
         # Mosaic GPU has remainders of integers alone.
         simple = simple and not (name == "rem" and jnp.issubdtype(dtype, jnp.floating))
-        if joins and not simple:
-            raise NotElementwise(name)
+        if (joins and not simple) or len(eqn.outvars) != 1:
+            raise NotElementwise(f"{name} of pairs")
         inside = inside and simple
-        if len(eqn.outvars) != 1:
-            raise NotElementwise(name)
+        dtypes = {x.dtype for x in nodes} - {jnp.dtype(bool)}
+        if inside and name not in _ANY_WIDTH and any(d.itemsize == 1 for d in dtypes):
+            raise NotElementwise(f"{name} of 8-bit numbers of pairs")
         return self._node(eqn.primitive, eqn.params, inputs, axes, inside, dtype)
+
+    def _lookup(self, eqn, table: Any, index: Node, axes: frozenset[str]) -> Node:
+        """A gather by pair. Its table is given to the kernel as one, whatever it is."""
+        own = getattr(table, "axes", frozenset())
+        if own & {QUERY, KEY, PAIR}:
+            raise NotElementwise("gather of pairs from a table of each query or key")
+        lookup = Lookup.of(eqn)
+        given = self._node(lax.copy_p, {}, (table,), own, False, table.dtype, True)
+        indices = index.inputs if _is_indices(index) else (index,)
+        dtype: Any = eqn.outvars[0].aval.dtype
+        inputs = (given, *indices)
+        return self._node(eqn.primitive, {"lookup": lookup}, inputs, axes, True, dtype)
 
     def _collect(self, x: Any, seen: set[int]) -> None:
         """Finds the values that the kernel is given."""
@@ -132,7 +152,8 @@ class Graph:
 
     def outside(self, arguments: Sequence[Array]) -> list[Array]:
         """The values of `inputs`, of the axes (batch, head, query, key), each of its full
-        size or of one; `arguments` are of these axes and those of the pair's own."""
+        size or of one, and of the entries of a table; `arguments` are of these axes and
+        those of the pair's own."""
         memo: dict[int, Array] = {}
 
         def value(x):
@@ -146,7 +167,10 @@ class Graph:
                     memo[x.number] = _mapped(x.primitive, x.params, operands)
             return memo[x.number]
 
-        return [value(x).reshape(value(x).shape[:4]) for x in self.inputs]
+        return [
+            value(x).reshape((*value(x).shape[:4], *([-1] if x.table else [])))
+            for x in self.inputs
+        ]
 
     def inside(
         self, values: Sequence["Value"], arguments: dict[int, "Value"], shape: tuple
@@ -183,7 +207,7 @@ class Evaluation(NamedTuple):
 
 class Value(NamedTuple):
     """What a kernel knows of a tile: a scalar (`axis` is `None`), one number a row (0) or
-    column (1), or one a pair (2)."""
+    column (1), or one a pair (2); or a reference to a table."""
 
     axis: int | None
     array: Any
@@ -201,6 +225,12 @@ class Value(NamedTuple):
         return plgpu.layout_cast(x, (ROW, COLUMN, TILE)[axis])
 
 
+def _is_indices(x: Any) -> bool:
+    """Whether this is several indices of a pair: for a gather, and nothing else."""
+    inside = isinstance(x, Node) and x.inside
+    return inside and getattr(x.primitive, "name", None) == "concatenate"
+
+
 def _mapped(primitive, params, operands: list[Array]) -> Array:
     """Applies a primitive of single pairs along the first four axes."""
 
@@ -208,7 +238,7 @@ def _mapped(primitive, params, operands: list[Array]) -> Array:
         out = primitive.bind(*xs, **params)
         return out[0] if primitive.multiple_results else out
 
-    shape = [max(x.shape[n] for x in operands) for n in range(4)]
+    shape = [max((x.shape[n] for x in operands), default=1) for n in range(4)]
     fn = single
     flags = [[x.shape[n] > 1 for n in range(4)] for x in operands]
     for n in reversed(range(4)):
@@ -231,6 +261,10 @@ def _elementwise(node: Node, operands: list[Value], shape: tuple[int, int]) -> V
     axes = {x.axis for x in operands} - {None}
     axis = axes.pop() if len(axes) == 1 else 2 if axes else None
     dtypes = [getattr(x, "dtype", None) for x in node.inputs]
+    if name == "gather":
+        table, *indices = operands
+        xs = [x.on(2, shape, d) for x, d in zip(indices, dtypes[1:], strict=True)]
+        return Value(2, node.params["lookup"](table.array, xs, node.dtype))
     xs = [x.on(axis, shape, d) for x, d in zip(operands, dtypes, strict=True)]
     if name == "convert_element_type":
         return Value(axis, xs[0].astype(node.params["new_dtype"]))

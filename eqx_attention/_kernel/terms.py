@@ -13,6 +13,7 @@ from .._mechanism.base import Pairs, Request
 from .._static import Static, unwrap
 from .._tokens import Tile
 from .hopper import COLUMN, ROW, TILE
+from .lookup import stored
 from .pairwise import Evaluation, Graph, HEAD, KEY, NotElementwise, PAIR, QUERY, Value
 
 
@@ -30,12 +31,14 @@ def tile_of(pairs: Pairs, q_index, kv_index, head) -> Tile:
 
 class Input(NamedTuple):
     """One array that the kernel is given: of (batch, head, query, key), padded to whole
-    blocks, without those axes of queries and keys on which it does not depend."""
+    blocks, without those axes of queries and keys on which it does not depend. A table is
+    of (batch, head, entries)."""
 
     array: Array
     query: bool
     key: bool
     boolean: bool
+    table: bool = False
 
     def at(self, batch, head) -> tuple:
         return (
@@ -96,7 +99,7 @@ class Term:
         known += [jnp.zeros((1,) * 7)] * 2
         found = self.graph.outside(known)
         return [
-            _input(x, node.axes, block_q, block_k, by_key)
+            _table(x) if node.table else _input(x, node.axes, block_q, block_k, by_key)
             for x, node in zip(found, self.graph.inputs, strict=True)
         ]
 
@@ -119,6 +122,11 @@ def _input(
         return Input(x.swapaxes(2, 3) if by_key else x, query, key, boolean)
     shape = (*x.shape[:2], *(s for s, there in zip(x.shape[2:], (query, key)) if there))
     return Input(x.reshape(shape), query, key, boolean)
+
+
+def _table(x: Array) -> Input:
+    x = x.astype(stored(x.dtype)).reshape((*x.shape[:2], x.shape[-1]))
+    return Input(x, query=False, key=False, boolean=False, table=True)
 
 
 class Place(NamedTuple):
@@ -170,8 +178,10 @@ class Loaded(NamedTuple):
     def at(self, loaded: Sequence[Any], place: Place) -> "AtTile":
         """The term on one tile, to be evaluated bit by bit."""
         values = [
-            Value(_axis(x, place), a != 0 if x.boolean else a)
-            for x, a in zip(self.inputs, loaded, strict=True)
+            Value(None, r.at[x.at(place.batch, place.head)])
+            if x.table
+            else Value(_axis(x, place), a != 0 if x.boolean else a)
+            for (x, r), a in zip(self._pairs(), loaded, strict=True)
         ]
         n = self.term.arrays
         own = {n: place.index(True), n + 1: place.index(False)}
@@ -199,6 +209,8 @@ def _axis(x: Input, place: Place) -> int | None:
 
 
 def _load(x: Input, ref: Any, place: Place) -> Any:
+    if x.table:
+        return None  # it is read pair by pair
     at, axis = x.at(place.batch, place.head), _axis(x, place)
     if axis is None:
         return ref[at]
@@ -292,5 +304,5 @@ def not_elementwise(request: Request) -> list[str]:
         try:
             Term(request, fn, 1, 1)
         except NotElementwise as error:
-            reasons.append(f"its kernels compute no {error} of pairs, as this {name} does")
+            reasons.append(f"its kernels compute no {error}, as this {name} does")
     return reasons

@@ -19,8 +19,9 @@ class Flash(AbstractMechanism):
     """Our own kernels for Hopper GPUs, which compute any mask and any score.
 
     What masks and scores say of a pair is traced into the kernels; what they say of a
-    query, a key or a head alone is computed beforehand. Tiles that are EMPTY are neither
-    loaded nor computed, those that are FULL are not masked.
+    query, a key or a head alone is computed beforehand. Pairs may look into a table
+    (`params["table"][head, distance]`), but not into one of each query or key. Tiles that
+    are EMPTY are neither loaded nor computed, those that are FULL are not masked.
 
     In the backward pass, gradients of queries are added up in an order that differs from
     run to run, and so by rounding (of float32) do they, unless `reproducible`; all others

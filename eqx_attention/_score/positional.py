@@ -13,6 +13,10 @@ from .._tokens import Tile
 from .base import AbstractScore
 
 
+# A table of distances is made up to this one.
+_FARTHEST = 2**11
+
+
 class ALiBi(AbstractScore):
     r"""Adds $-\text{slope} \cdot |i - j|$ to the logit.
 
@@ -156,10 +160,15 @@ class RelativeBias(AbstractScore):
     def __call__(
         self, logit: Float[Array, "head query key"], tile: Tile
     ) -> Float[Array, "head query key"]:
-        num_buckets = self.table.shape[-1]
-        bucket = self.buckets(tile.kv_position - tile.q_position, num_buckets)
+        num_buckets, far = self.table.shape[-1], self.max_distance
         table = self.table.reshape(-1, num_buckets).astype(logit.dtype)
-        return logit + table[:, bucket[0]]
+        distance = (tile.kv_position - tile.q_position)[0]
+        if far > _FARTHEST:
+            return logit + table[:, self.buckets(distance, num_buckets)]
+        # Looking up a distance takes a fraction of what finding its bucket does.
+        near = jnp.arange(-far, (far if self.bidirectional else 0) + 1, dtype=jnp.int32)
+        table = table[:, self.buckets(near, num_buckets)]
+        return logit + jnp.take(table, distance + far, axis=1, mode="clip")
 
 
 def _slopes(x) -> Array:
