@@ -55,8 +55,9 @@ def main() -> None:
         "jax": jax.__version__,
         "versions": _versions(),
         "dtype": "bfloat16",
-        "shapes (batch, length, heads, key heads, head_dim, value_dim)": {
-            case: f"{timed.shape} {timed.kind}" for case, timed in TIMED.items()
+        "cases": {
+            case: {"shape": str(timed.shape), "kind": timed.kind}
+            for case, timed in TIMED.items()
         },
         "correctness": [],
         "timings": [],
