@@ -71,6 +71,7 @@ def tensors(timed: Timed, shrink: int, gradient: bool = True) -> list[Any]:
 def calls(name: str, timed: Timed, shrink: int) -> Calls:
     made, sparsity = attend(timed, shrink)
     q, k, v, dout = tensors(timed, shrink)
+    dout = dout.detach()
     forward: Any = ft.partial(torch.compile(flex_attention), q, k, v, **made)
 
     def both():
