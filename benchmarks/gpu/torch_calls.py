@@ -43,8 +43,8 @@ def _score(kind: str, heads: int):
     return {"alibi": alibi, "soft-cap": soft_cap}.get(kind)
 
 
-def attend(timed: Timed, shrink: int):
-    """`(query, key, value) -> out`, not compiled, and how sparse its mask is (percent)."""
+def arguments(timed: Timed, shrink: int) -> tuple[dict[str, Any], float]:
+    """What `flex_attention` is given, and how many percent of its tiles are empty."""
     _, length, _, heads, *_ = timed.sizes(shrink)
     sizes = (None, None, length, length)
     block_mask = create_block_mask(_mask(timed.kind, length), *sizes, device=_device())
@@ -52,7 +52,7 @@ def attend(timed: Timed, shrink: int):
     return made, float(block_mask.sparsity())
 
 
-def tensors(timed: Timed, shrink: int, gradient: bool = True) -> list[Any]:
+def tensors(timed: Timed, shrink: int) -> list[Any]:
     """`query, key, value, dout`, with heads first."""
     batch, length, _, heads, kv_heads, head_dim, value_dim = timed.sizes(shrink)
     generator = torch.Generator(_device()).manual_seed(0)
@@ -63,13 +63,13 @@ def tensors(timed: Timed, shrink: int, gradient: bool = True) -> list[Any]:
             generator=generator,
             device=_device(),
             dtype=torch.bfloat16,
-        ).requires_grad_(gradient)
+        ).requires_grad_()
         for h, dim in (*shapes, (heads, value_dim))
     ]
 
 
 def calls(name: str, timed: Timed, shrink: int) -> Calls:
-    made, sparsity = attend(timed, shrink)
+    made, sparsity = arguments(timed, shrink)
     q, k, v, dout = tensors(timed, shrink)
     dout = dout.detach()
     forward: Any = ft.partial(torch.compile(flex_attention), q, k, v, **made)
