@@ -177,7 +177,7 @@ def markdown() -> str:
 
 def _support_on_gpus() -> dict[str, tuple[tuple[str, ...], tuple[int, ...], Callable]]:
     """The table that benchmarks/gpu_check.py holds the mechanisms to."""
-    path = pathlib.Path(__file__).parent.parent / "benchmarks" / "gpu_check.py"
+    path = pathlib.Path(__file__).parent.parent / "benchmarks" / "gpu" / "cases.py"
     return runpy.run_path(str(path))["SUPPORT"]
 
 

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import runpy
 import subprocess
 import sys
 import typing
@@ -12,9 +13,7 @@ import typing
 typing.GENERATING_DOCUMENTATION = "eqx_attention"  # pyright: ignore
 
 
-def on_page_markdown(markdown: str, page, **kwargs) -> str:
-    if page.file.src_uri != "features.md":
-        return markdown
+def _features() -> str:
     script = pathlib.Path(__file__).with_name("_features.py")
     done = subprocess.run(
         [sys.executable, str(script)],
@@ -23,4 +22,23 @@ def on_page_markdown(markdown: str, page, **kwargs) -> str:
         check=True,
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
     )
-    return markdown.replace("<!-- features -->", done.stdout)
+    return done.stdout
+
+
+def _gpu() -> str:
+    script = pathlib.Path(__file__).with_name("_benchmarks.py")
+    return runpy.run_path(str(script))["markdown_of_results"]()
+
+
+_GENERATED = {
+    "features.md": ("<!-- features -->", _features),
+    "benchmarks.md": ("<!-- gpu -->", _gpu),
+}
+
+
+def on_page_markdown(markdown: str, page, **kwargs) -> str:
+    """Puts tables in place of what stands for them."""
+    mark, generate = _GENERATED.get(page.file.src_uri, ("", None))
+    if generate is None or mark not in markdown:
+        return markdown
+    return markdown.replace(mark, generate())

@@ -28,19 +28,19 @@ from eqx_attention._request import request_of
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 
-def _gpu_check():
-    path = pathlib.Path(__file__).parent.parent / "benchmarks" / "gpu_check.py"
-    spec = importlib.util.spec_from_file_location("gpu_check", path)
+def _cases():
+    path = pathlib.Path(__file__).parent.parent / "benchmarks" / "gpu" / "cases.py"
+    spec = importlib.util.spec_from_file_location("cases", path)
     module = importlib.util.module_from_spec(spec)  # pyright: ignore
     spec.loader.exec_module(module)  # pyright: ignore
     return module
 
 
-CHECK = _gpu_check()
+CASES = _cases()
 NEW = _device.version_of_jax() >= (0, 11)
 TILES = ["segments", "dense", "predicate", "score function", "bias", "positions"]
-TILES += [name for name in CHECK.SUPPORT if "lookup" in name or "relative" in name]
-HOPPER = [name for name, (able, *_) in CHECK.SUPPORT.items() if "flash" in able]
+TILES += [name for name in CASES.SUPPORT if "lookup" in name or "relative" in name]
+HOPPER = [name for name, (able, *_) in CASES.SUPPORT.items() if "flash" in able]
 
 
 def _request(q, k, v, **options):
@@ -62,18 +62,18 @@ def hopper(monkeypatch):
 
 
 def _case(name):
-    _, shape, make = CHECK.SUPPORT[name]
+    _, shape, make = CASES.SUPPORT[name]
     options = make()
     dtype = jnp.dtype(options.pop("dtype", "bfloat16"))
     for other in ("return_lse", "nan"):
         options.pop(other, None)
-    *arrays, dout = CHECK._operands(shape, dtype, 0)
+    *arrays, dout = CASES.operands(shape, dtype, 0)
     return arrays, dout, options
 
 
-@pytest.mark.parametrize("name", list(CHECK.SUPPORT))
+@pytest.mark.parametrize("name", list(CASES.SUPPORT))
 def test_expected_support(name, hopper):
-    able = CHECK.SUPPORT[name][0]
+    able = CASES.SUPPORT[name][0]
     arrays, _, options = _case(name)
     request = _on_hopper(_request(*arrays, **options))
     for mechanism, kind in (("flash", eqa.Flash), ("cudnn", eqa.CuDNN)):

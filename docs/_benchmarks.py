@@ -1,0 +1,91 @@
+"""Prints the tables of what was timed on a GPU, from the results that are committed.
+
+`_hooks.py` puts them where `benchmarks.md` has `<!-- gpu -->`.
+"""
+
+import json
+import pathlib
+from typing import Any
+
+
+_RESULTS = pathlib.Path(__file__).parent.parent / "benchmarks" / "results" / "gpu.json"
+# How results call them -> how the page does.
+_NAMES = {
+    "flash": "`Flash`",
+    "flash, reproducible": "`Flash(reproducible=True)`",
+    "jax.nn cudnn": "cuDNN",
+    "tokamax": "tokamax",
+    "flex": "FlexAttention",
+}
+_MASKS = {"full": "none", "causal": "causal"}
+
+
+def _cells(rows: dict[str, dict[str, Any]], unit: str) -> list[str]:
+    """Forward · forward and backward, of each of `_NAMES`."""
+    cells = []
+    for name in _NAMES:
+        row = rows.get(name)
+        digits = ".0f" if unit == "tflops" else ".2f"
+        both = None if row is None else (row[f"fwd_{unit}"], row[f"fb_{unit}"])
+        cells.append("" if both is None else " · ".join(f"{x:{digits}}" for x in both))
+    return cells
+
+
+def _table(first: str, rows: list[list[str]]) -> list[str]:
+    """Without columns that are empty."""
+    titles = [first, *_NAMES.values()]
+    kept = [n for n in range(len(titles)) if any(row[n] for row in rows)]
+    lines = [[titles[n] for n in kept], ["---"] * len(kept)]
+    lines += [[row[n] for n in kept] for row in rows]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def _means(report: dict[str, Any]) -> list[str]:
+    lines = []
+    for name, of in report["summary"]["means of causal, 64 and 128"].items():
+        if name in _NAMES and "flash" not in name and of["fwd"] is not None:
+            times = f"{of['fwd']:.2f} · {of['fb']:.2f} times as fast as {_NAMES[name]}"
+            lines.append(times)
+    return lines
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """Of a report of `benchmarks/gpu_check.py`."""
+    rows: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in report["timings"]:
+        rows.setdefault(row["case"], {})[row["mechanism"]] = row
+    plain, others = [], []
+    for case, found in rows.items():
+        shape, kind = (report["cases"][case][x] for x in ("shape", "kind"))
+        if kind in _MASKS:
+            plain.append([f"{shape} {_MASKS[kind]}", *_cells(found, "tflops")])
+        if kind not in _MASKS or "flex" in found:
+            label = "causal" if kind == "causal" else case
+            others.append([f"{label} {shape}", *_cells(found, "ms")])
+    versions = ", ".join(f"{name} {x}" for name, x in report["versions"].items())
+    lines = [f"On one {report['device']}, in {report['dtype']}; {versions}."]
+    title = "(batch, length, heads, key heads, head_dim, value_dim)"
+    lines += ["", "TFLOP/s, forward · forward and backward:", ""]
+    lines += _table(f"{title}, mask", plain)
+    lines += ["", "What is more than a causal mask, in ms, likewise:", ""]
+    lines += _table(title, others)
+    means = ", ".join(_means(report))
+    if means:
+        over = "geometric means over causal masks and heads of 64 and 128"
+        lines += ["", f"`Flash` is {means}: {over}."]
+    failed = report["not timed"]
+    if failed:
+        lines += ["", "Not timed:", ""]
+        lines += [
+            f"- {_NAMES.get(x['mechanism'], x['mechanism'])}, {x['case']}: {x['error']}"
+            for x in failed
+        ]
+    return "\n".join(lines)
+
+
+def markdown_of_results() -> str:
+    return markdown(json.loads(_RESULTS.read_text()))
+
+
+if __name__ == "__main__":
+    print(markdown_of_results())
