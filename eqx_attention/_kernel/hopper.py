@@ -66,22 +66,37 @@ def fence() -> None:
 
 
 def await_count(counter: Any, value: Any) -> None:
-    """Waits until a number in global memory is at least `value`."""
+    """Waits until a number in global memory is at least `value`.
+
+    Neither this nor `count` orders other reads and writes, which would be slow. They order
+    what the copy engine adds to global memory: all of it happens in the second-level cache,
+    and is complete when it has been waited for.
+    """
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT(())))
     def wait(_, ref, value):
-        semaphore = utils.SemaphoreRef(utils.memref_ptr(ref))
-        semaphore.wait(value.registers[()], decrement=False, memory_scope="gpu")
+        code = """{
+            .reg .pred early;
+            .reg .s32 found;
+            AGAIN:
+            ld.relaxed.gpu.global.s32 found, [$0];
+            setp.lt.s32 early, found, $1;
+            @early bra AGAIN;
+        }"""
+        operands = [utils.memref_ptr(ref), value.registers[()]]
+        void = ir.Type.parse("!llvm.void")
+        llvm.inline_asm(void, operands, code, "l,r", has_side_effects=True)
 
     wait(counter, jnp.asarray(value, jnp.int32))
 
 
 def count(counter: Any) -> None:
-    """Adds one, once what this warpgroup wrote before is there for all to see."""
+    """Adds one."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
     def signal(_, ref):
-        utils.SemaphoreRef(utils.memref_ptr(ref)).signal(1, memory_scope="gpu")
+        semaphore = utils.SemaphoreRef(utils.memref_ptr(ref))
+        semaphore.signal(1, relaxed=True, memory_scope="gpu")
 
     signal(counter)
 
