@@ -207,7 +207,24 @@ SUPPORT: dict[str, tuple[tuple[str, ...], tuple[int, ...], Any]] = {
         _SHAPE,
         lambda: {"mask": C(), "q_positions": jnp.arange(512)[::-1]},
     ),
-    "nan behind the mask": (BOTH, _SHAPE, lambda: {"mask": C(), "nan": True}),
+    "nan in a document": (
+        (FLASH,),
+        _SHAPE,
+        lambda: {"mask": C() & eqa.Segments(_ids(3, 2, 512)), "nan": _ids(3, 2, 512) == 2},
+    ),
+    "nan behind a score": (
+        (FLASH,),
+        (2, 300, 300, 4, 2, 64, 64),
+        lambda: {
+            "score": eqa.Bias(jnp.where(jnp.arange(300) % 7 == 3, -jnp.inf, 0.5)[None]),
+            "nan": jnp.broadcast_to(jnp.arange(300) % 7 == 3, (2, 300)),
+        },
+    ),
+    "nan behind the mask": (
+        BOTH,
+        (2, 300, 512, 4, 2, 128, 128),
+        lambda: {"mask": C(), "nan": jnp.arange(512)[None] >= 300},
+    ),
 }
 
 

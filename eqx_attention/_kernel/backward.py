@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .._axes import ceil_div
 from .._mechanism.base import Request
-from .hopper import along, await_count, COLUMN, count, LOG2E, whole_rows
+from .hopper import along, await_count, COLUMN, count, counted, LOG2E, whole_rows
 from .schedule import place_of, section
 from .tables import never_masked, table
 from .terms import AtTile, folded_scale, keep_fn, logit_fn, Place, terms_of, visible_fn
@@ -201,22 +201,23 @@ class Row:
         here = (*self.at, t)
         return self.kv_head * groups + group, self.refs.columns[here], here
 
-    def for_tiles(self, step: Callable[[bool, Any], None]) -> None:
-        """`step(masked, n)` for each tile."""
+    def for_tiles(self, step: Callable[[bool, Any, Any], Any], turn: Any) -> None:
+        """`turn = step(masked, n, turn)` for each tile."""
         groups = self.work.request.groups
 
-        def of_group(g, _):
-            def one(masked, t, _):
-                step(masked, g * self.some + t)
+        def of_group(g, turn):
+            def one(masked, t, turn):
+                return step(masked, g * self.some + t, turn)
 
-            lax.fori_loop(0, self.whole, ft.partial(one, False), None)
+            turn = lax.fori_loop(0, self.whole, ft.partial(one, False), turn)
             if self.work.may_mask:
-                lax.fori_loop(self.whole, self.some, ft.partial(one, True), None)
+                turn = lax.fori_loop(self.whole, self.some, ft.partial(one, True), turn)
+            return turn
 
         if groups == 1:
-            of_group(0, None)
+            of_group(0, turn)
         else:
-            lax.fori_loop(0, groups, of_group, None)
+            lax.fori_loop(0, groups, of_group, turn)
 
     def queries(self, n: Any) -> tuple[Any, Any]:
         """The head of the `n`-th tile, and its first query."""
@@ -252,11 +253,19 @@ class Row:
 
         lax.fori_loop(0, self.num_tiles, load, None)
 
-    def take_turn(self, n: Any, part: Any, copies: int) -> None:
-        """Says that the part of dq before the last is there, and waits until that of this
-        tile may be added. Each part is added in so many copies."""
+    def turn(self, n: Any, part: Any) -> Any:
+        """How often the part of dq of the `n`-th tile was added to, as of now."""
         if not self.refs.added:
-            return
+            return None
+        return counted(self._counter(jnp.minimum(n, self.num_tiles - 1), part))
+
+    def take_turn(self, n: Any, part: Any, copies: int, turn: Any) -> Any:
+        """Says that the part of dq before the last is there, and waits until that of this
+        tile may be added, unless `turn` says so already. Returns that of the next tile.
+        Each part is added in so many copies."""
+        if not self.refs.added:
+            return None
+        after = self.turn(n + 1, part)
 
         @pl.when(n > 1)
         def _():
@@ -264,7 +273,13 @@ class Row:
             self._count(n - 2, part)
 
         _, _, here = self.tile(n)
-        await_count(self._counter(n, part), self.refs.before[here])
+        before = self.refs.before[here]
+
+        @pl.when(turn < before)
+        def _():
+            await_count(self._counter(n, part), before)
+
+        return after
 
     def end_turns(self, part: Any) -> None:
         if not self.refs.added:

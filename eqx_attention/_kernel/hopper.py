@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.mosaic.gpu import utils
+from jax.experimental.mosaic.gpu import FragmentedArray, utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm, nvvm
@@ -65,15 +65,34 @@ def fence() -> None:
     of_proxies()
 
 
-def await_count(counter: Any, value: Any) -> None:
-    """Waits until a number in global memory is at least `value`.
+_SCALAR = plgpu.Layout.WG_SPLAT(())
 
-    Neither this nor `count` orders other reads and writes, which would be slow. They order
-    what the copy engine adds to global memory: all of it happens in the second-level cache,
-    and is complete when it has been waited for.
+
+def counted(counter: Any) -> jax.Array:
+    """A number in global memory, to which others `count`.
+
+    Neither of these orders other reads and writes, which would be slow. They order what the
+    copy engine adds to global memory: all of it happens in the second-level cache, and is
+    complete when it has been waited for.
     """
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT(())))
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(),),
+        return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=_SCALAR),
+    )
+    def load(_, ref):
+        i32, pointer = ir.IntegerType.get_signless(32), utils.memref_ptr(ref)
+        code = "ld.relaxed.gpu.global.s32 $0, [$1];"
+        found = llvm.inline_asm(i32, [pointer], code, "=r,l", has_side_effects=True)
+        return FragmentedArray.splat(found, (), is_signed=True)
+
+    return load(counter)
+
+
+def await_count(counter: Any, value: Any) -> None:
+    """Waits until a number in global memory is at least `value`."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SCALAR))
     def wait(_, ref, value):
         code = """{
             .reg .pred early;
@@ -91,7 +110,7 @@ def await_count(counter: Any, value: Any) -> None:
 
 
 def count(counter: Any) -> None:
-    """Adds one."""
+    """Adds one to a number in global memory."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
     def signal(_, ref):
@@ -99,6 +118,37 @@ def count(counter: Any) -> None:
         semaphore.signal(1, relaxed=True, memory_scope="gpu")
 
     signal(counter)
+
+
+def any_nan(x: jax.Array, name: Any) -> jax.Array:
+    """Whether one of a warpgroup's numbers (one a row) is NaN. `name` is of a barrier."""
+    i32 = jnp.int32
+
+    @plgpu.inline_mgpu(
+        arg_types=(ROW, _SCALAR),
+        return_type=plgpu.ShapeDtypeStruct((), i32, layout=_SCALAR),
+    )
+    def reduce(_, x, name):
+        numbers = list(x.registers.flat)
+        flags = "f," * len(numbers)
+        tests = "".join(
+            f"setp.nan.f32 one, ${n + 1}, ${n + 1}; or.pred some, some, one; "
+            for n in range(len(numbers))
+        )
+        code = (
+            "{ .reg .pred one, some; setp.ne.s32 some, 0, 0; "
+            + tests
+            + f"bar.red.or.pred some, ${len(numbers) + 1}, {THREADS}, some; "
+            "selp.s32 $0, 1, 0, some; }"
+        )
+        mlir_i32 = ir.IntegerType.get_signless(32)
+        operands = [*numbers, name.registers[()]]
+        found = llvm.inline_asm(
+            mlir_i32, operands, code, f"=r,{flags}r", has_side_effects=True
+        )
+        return FragmentedArray.splat(found, (), is_signed=True)
+
+    return reduce(x, jnp.asarray(name, i32)) != 0
 
 
 def full(shape: tuple[int, ...], value: float, layout: Any) -> jax.Array:

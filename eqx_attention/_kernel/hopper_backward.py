@@ -65,7 +65,7 @@ def backward(
                 sync(_DONE, _WARPGROUPS * THREADS)
 
             def over_queries(dk_acc, dv_acc):
-                def step(masked, n):
+                def step(masked, n, turn):
                     slot, dout_slot = lax.rem(n, stages), lax.rem(n, dout_stages)
                     buffer = lax.rem(n, 2)
                     head, first = row.queries(n)
@@ -93,17 +93,18 @@ def backward(
                         plgpu.wgmma(
                             dweights_acc, v_smem.at[0, own], dout_smem.at[dout_slot, 0].T
                         )
-                        row.take_turn(n, me, 1)
+                        after = row.take_turn(n, me, 1, turn)
                         product = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
                         weights = work.weights(at, product, lambda: columns(low, shape))
                         dropped = work.dropped(at, weights).astype(dtype)
                         plgpu.wgmma(dv_acc, dropped, dout_smem.at[dout_slot, 0])
                         dweights = plgpu.wgmma_accumulator_load(dweights_acc, wait_n=1)
                         minus = lambda: columns(delta, shape)  # noqa: E731
-                        return work.ds(at, product, weights, dweights, minus).astype(dtype)
+                        ds = work.ds(at, product, weights, dweights, minus)
+                        return ds.astype(dtype), after
 
                     tile = plgpu.WGMMAAccumulatorRef(shape, jnp.float32)
-                    ds = pl.run_scoped(of_product, tile, tile)
+                    ds, after = pl.run_scoped(of_product, tile, tile)
                     for c in range(q_chunks):
                         ds_smem[buffer, c, own] = ds[:, c * _CHUNK : (c + 1) * _CHUNK]
                     fence()
@@ -122,8 +123,9 @@ def backward(
 
                     accumulator = plgpu.WGMMAAccumulatorRef((_CHUNK, _CHUNK), jnp.float32)
                     pl.run_scoped(of_tokens, accumulator)
+                    return after
 
-                row.for_tiles(step)
+                row.for_tiles(step, row.turn(0, wg))
                 row.end_turns(wg)
                 return dk_acc[...], dv_acc[...]
 

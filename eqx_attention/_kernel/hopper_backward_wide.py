@@ -57,7 +57,7 @@ def backward(
                 sync(_DONE, _WARPGROUPS * THREADS)
 
             def over_queries(dk_acc, dv_acc):
-                def step(masked, n):
+                def step(masked, n, turn):
                     slot, dout_slot = lax.rem(n, stages), lax.rem(n, dout_stages)
                     buffer = lax.rem(n, 2)
                     head, first = row.queries(n)
@@ -81,7 +81,7 @@ def backward(
                         for c in range(2):
                             dout_part = dout_smem.at[dout_slot, c, mine]
                             plgpu.wgmma(dweights_acc, v_smem.at[c], dout_part.T)
-                        row.take_turn(n, me, half // piece)
+                        after = row.take_turn(n, me, half // piece, turn)
                         product = plgpu.wgmma_accumulator_load(s_acc, wait_n=2)
                         weights = work.weights(at, product, lambda: columns(low, shape))
                         dropped = work.dropped(at, weights).astype(dtype)
@@ -90,9 +90,10 @@ def backward(
                         minus = lambda: columns(delta, shape)  # noqa: E731
                         ds = work.ds(at, product, weights, dweights, minus)
                         ds_smem[buffer, :, mine] = ds.astype(dtype)
+                        return after
 
                     tile = plgpu.WGMMAAccumulatorRef(shape, jnp.float32)
-                    pl.run_scoped(of_product, tile, tile)
+                    after = pl.run_scoped(of_product, tile, tile)
                     fence()
                     sync(_WRITTEN, _WARPGROUPS * THREADS)
                     plgpu.wgmma(
@@ -115,8 +116,9 @@ def backward(
                     plgpu.wgmma_wait(0)
                     plgpu.barrier_arrive(dout_free.at[dout_slot])
                     plgpu.barrier_arrive(q_free.at[slot])
+                    return after
 
-                row.for_tiles(step)
+                row.for_tiles(step, row.turn(0, wg))
                 row.end_turns(wg)
                 return dk_acc[...], dv_acc[...]
 

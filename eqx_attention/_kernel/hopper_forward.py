@@ -35,7 +35,10 @@ from .._mechanism.base import Request
 from .._score import ALiBi, SoftCap
 from .hopper import (
     along,
+    any_nan,
     arrive,
+    COLUMN,
+    fence,
     full,
     launch,
     LOG2E,
@@ -52,7 +55,11 @@ from .terms import folded_scale, keep_fn, logit_fn, Place, terms_of, visible_fn
 
 
 # Of the 16 named barriers of a block, Mosaic GPU uses the first ones.
-_TURN, _DONE = 5, 8
+_TURN, _DONE, _LOOKED, _LOOK = 5, 8, 9, 10
+
+
+# So many keys does a warpgroup look at, at a time.
+_PART = 64
 
 
 class Blocks(NamedTuple):
@@ -104,7 +111,7 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
 
     def kernel(q_ref, k_ref, v_ref, columns_ref, full_ref, some_ref, *refs):
         *inputs, out_ref, lse_ref = refs[: terms.count + 2]
-        ((q_smem, k_smem), (out_smem,)), v_smem, lse_smem, *barriers = refs[
+        ((q_smem, k_smem), (out_smem,)), v_smem, lse_smem, bad_smem, *barriers = refs[
             terms.count + 2 :
         ]
         q_ready, k_ready, v_ready, k_free, v_free = barriers
@@ -160,6 +167,40 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
                     weights = jnp.where(at["keep"](), weights, 0.0)
                 return weights.astype(dtype), new, total, decay
 
+            def without_nan(t, masked, weights, total):
+                """Waits for the values of a tile. Those that are hidden may hold NaN, of
+                which 0 times is NaN: they become 0, and the sum of a row that does see
+                one NaN."""
+                slot = lax.rem(t, stages)
+                plgpu.barrier_wait(v_ready.at[slot])
+                if not (masked or hides):
+                    return total
+
+                def bad(rows):
+                    return (v_smem[slot, rows].astype(jnp.float32) * 0.0).sum(axis=1)
+
+                def replace():
+                    # All have looked, and have read what was found in the last tile.
+                    sync(_LOOKED, warpgroups * THREADS)
+
+                    @pl.when(wg < blocks.key // _PART)
+                    def _():
+                        own = pl.ds(wg * _PART, _PART)
+                        bad_smem[own] = bad(own)
+                        x = v_smem[slot, own]
+                        finite = jnp.abs(x.astype(jnp.float32)) < jnp.inf
+                        v_smem[slot, own] = jnp.where(finite, x, jnp.zeros_like(x))
+
+                    fence()
+                    sync(_LOOKED, warpgroups * THREADS)
+                    found = along(plgpu.load(bad_smem, layout=COLUMN), shape, 1)
+                    seen = weights.astype(jnp.float32) > 0
+                    return total + jnp.where(seen, found, 0.0).sum(axis=1)
+
+                parts = [pl.ds(n, _PART) for n in range(0, blocks.key, _PART)]
+                found = sum((bad(rows) for rows in parts[1:]), bad(parts[0]))
+                return lax.cond(any_nan(found, _LOOK + wg), replace, lambda: total)
+
             def in_turn():
                 def step(masked, t, carry):
                     out, top, total = carry
@@ -182,7 +223,7 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
                     out, weights, top, total = lax.optimization_barrier(
                         (out, weights, top, total)
                     )
-                    plgpu.barrier_wait(v_ready.at[slot])
+                    total = without_nan(t, masked, weights, total)
                     take_turn()
 
                     def attended(acc):
@@ -223,7 +264,6 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
                         plgpu.barrier_wait(k_ready.at[slot])
                         take_turn()
                         plgpu.wgmma(acc, q_smem.at[wg], k_smem.at[slot].T)
-                        plgpu.barrier_wait(v_ready.at[before])
                         plgpu.wgmma(out_acc, weights, v_smem.at[before])
                         give_turn()
                         loaded = loads(masked, t)
@@ -240,7 +280,7 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
                     out, _ = lax.optimization_barrier((out, weights))
                     plgpu.barrier_arrive(v_free.at[before])
                     out_acc[...] = out * along(decay, out.shape, 0)
-                    return new, top, total
+                    return new, top, without_nan(t, masked, new, total)
 
                 plgpu.barrier_wait(k_ready.at[0])
                 products, loaded = pl.run_scoped(
@@ -249,15 +289,17 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
                 plgpu.barrier_arrive(k_free.at[0])
                 top = full((blocks.query,), -jnp.inf, ROW)
                 total = full((blocks.query,), 0.0, ROW)
-                *carry, _ = softmax(may_mask, products, loaded, top, total)
+                weights, top, total, _ = softmax(may_mask, products, loaded, top, total)
+                total = without_nan(0, may_mask, weights, total)
                 pl.when(wg == warpgroups - 1)(give_turn)
-                carry = lax.fori_loop(1, whole, ft.partial(step, False), tuple(carry))
+                carry = lax.fori_loop(
+                    1, whole, ft.partial(step, False), (weights, top, total)
+                )
                 if may_mask:
                     begin = jnp.maximum(whole, 1)
                     carry = lax.fori_loop(begin, some, ft.partial(step, True), carry)
                 weights, top, total = carry
                 last = lax.rem(some - 1, stages)
-                plgpu.barrier_wait(v_ready.at[last])
                 plgpu.wgmma(out_acc, weights, v_smem.at[last])
                 return out_acc[...], top, total
 
@@ -270,9 +312,6 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
                 out, top, total = in_turn()
             lse = jnp.where(total == 0, -jnp.inf, (top + jnp.log2(total)) * (1 / LOG2E))
             kept = 1 - request.pairs.dropout.rate if request.pairs.dropout else 1.0
-            if may_mask or hides:
-                # Nothing but values of NaN (or infinity) makes this one: see `hidden.py`.
-                lse = lse + (out * 0.0).sum(axis=1)
             inverse = 1 / (jnp.where(total == 0, 1.0, total) * kept)
             # The other warpgroup may still read what this overwrites.
             sync(_DONE, warpgroups * THREADS)
@@ -324,6 +363,7 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
             ),
             smem((stages, blocks.key, value_dim), dtype),
             plgpu.SMEM((warpgroups, blocks.query), jnp.float32),
+            plgpu.SMEM((blocks.key,), jnp.float32),
             plgpu.Barrier(num_barriers=warpgroups),
             ready,
             ready,

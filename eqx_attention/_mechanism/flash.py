@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 from .._device import compute_capability, version_of_jax, wider_than_16_bits
 from .base import AbstractMechanism, Blocks, Gradients, Request
 from .blockwise import Blockwise
-from .hidden import again_if_nan, seen_queries
+from .hidden import seen_queries
 
 
 _OLDEST_JAX = (0, 11)
@@ -26,8 +26,7 @@ class Flash(AbstractMechanism):
     In the backward pass, gradients of queries are added up in an order that differs from
     run to run, and so by rounding (of float32) do they, unless `reproducible`; all others
     are the same each time. The gradients of scores' own arrays (the slopes of
-    [`eqx_attention.ALiBi`][], say) are computed by [`eqx_attention.Blockwise`][]. A call
-    whose values hold NaN where they are hidden is computed twice.
+    [`eqx_attention.ALiBi`][], say) are computed by [`eqx_attention.Blockwise`][].
 
     ??? cite
 
@@ -90,12 +89,9 @@ class Flash(AbstractMechanism):
         from .._kernel.hopper_forward import forward
         from .._kernel.tuning import forward_blocks
 
-        def of(request):
-            wide = _padded(request)
-            out, lse = forward(wide, forward_blocks(*_sizes(wide)))
-            return out[..., : request.value.shape[-1]], lse
-
-        return again_if_nan(of, request)
+        wide = _padded(request)
+        out, lse = forward(wide, forward_blocks(*_sizes(wide)))
+        return out[..., : request.value.shape[-1]], lse
 
     def backward(
         self,

@@ -8,7 +8,7 @@ from jax import lax
 from jaxtyping import Array
 
 from .._mask import And, Causal, Full, SlidingWindow
-from .._score import ALiBi, Bias, RelativeBias, SoftCap
+from .._score import ALiBi, SoftCap
 from .base import Request
 
 
@@ -73,5 +73,5 @@ def _never_empty(request: Request) -> bool:
         return False
 
     return all(map(sees_own, parts)) and not any(
-        not isinstance(s, ALiBi | SoftCap | Bias | RelativeBias) for s in pairs.score
+        not isinstance(s, ALiBi | SoftCap) for s in pairs.score
     )
