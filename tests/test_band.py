@@ -60,7 +60,7 @@ def test_one_tile_a_row():
         attention = eqa.Attention(mask=NEAR, mechanism=mechanism)
         return attention.explain(*operands(LONG), **kwargs)
 
-    assert "2 × 1 tiles of 66 queries × 166 keys" in explain("blockwise")
+    assert "2 × 1 tiles of 66 queries × 176 keys" in explain("blockwise")
     assert "tiles of 66 queries × 64 keys" in explain(eqa.Blockwise(block_k=64))
     positions = {"q_positions": jnp.arange(131)}
     assert "tiles of 66 queries × 104 keys" in explain("blockwise", **positions)
