@@ -245,7 +245,3 @@ def ceil_div(a: int, b: int) -> int:
 def largest_divisor(n: int, limit: int) -> int:
     """The largest divisor of `n` that is at most `limit` (and at least one)."""
     return max(d for d in range(1, n + 1) if n % d == 0 and (d <= limit or d == 1))
-
-
-def prod(xs: Sequence[int]) -> int:
-    return math.prod(xs)

@@ -1,12 +1,14 @@
 """Masks, evaluated on their own: all pairs, or tile by tile."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from beartype import beartype as typechecker
 from jax import lax
 from jaxtyping import Array, Bool, Int, jaxtyped
 
-from ._axes import Block, canonical, ceil_div, cut, over_batch, own_sizes, prod, Sizes
+from ._axes import Block, canonical, ceil_div, cut, over_batch, own_sizes, Sizes
 from ._mask import AbstractMask, BlockMask
 from ._options import as_mask, check_positions
 from ._static import AnyArray, is_array
@@ -62,7 +64,8 @@ def block_mask(
 
     def row(n):
         start = jnp.minimum(n * block_q, q_len - block_q)
-        block = Block((0, 0, start, 0), (prod(sizes.batch), sizes.head, block_q, kv_len))
+        batch = math.prod(sizes.batch)
+        block = Block((0, 0, start, 0), (batch, sizes.head, block_q, kv_len))
         seen = bound.visible(block)
         fresh = (start + jnp.arange(block_q) >= n * block_q)[None, None, :, None]
         some = jnp.any(seen & fresh, axis=2)
@@ -137,13 +140,13 @@ class Bound:
         return jnp.broadcast_to(seen, (*seen.shape[:2], *block.sizes[2:]))
 
     def whole(self) -> Bool[Array, "#batch #head query key"]:
-        batch = prod(self.sizes.batch)
+        batch = math.prod(self.sizes.batch)
         return self.visible(Block((0, 0, 0, 0), (batch, *self.sizes[1:])))
 
     def _looks_at_heads(self) -> bool:
         if self.sizes.head > 1:
             return False
-        two = Block((0, 0, 0, 0), (prod(self.sizes.batch), 2, *self.sizes[2:]))
+        two = Block((0, 0, 0, 0), (math.prod(self.sizes.batch), 2, *self.sizes[2:]))
         return jax.eval_shape(lambda: self.visible(two)).shape[1] > 1
 
 

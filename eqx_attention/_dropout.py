@@ -6,13 +6,17 @@ finaliser. So any mechanism draws the same bits for a pair, at any block size, a
 in the backward pass, from memory that is linear in the lengths.
 """
 
+import math
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from beartype import beartype as typechecker
 from jaxtyping import Array, Bool, jaxtyped, PRNGKeyArray, UInt32
 
-from ._axes import axes, prod
+from ._axes import axes
+from ._static import is_number
 
 
 class Dropout(eqx.Module):
@@ -42,7 +46,7 @@ def dropout(
         key = jax.random.wrap_key_data(key)
     for size in batch:
         key = _fold(key, size)
-    keys = key.reshape(prod(batch))
+    keys = key.reshape(math.prod(batch))
 
     def words(side: int, length: int):
         sides = jax.vmap(jax.random.fold_in, (0, None))(keys, side)
@@ -77,14 +81,14 @@ def dropout_mask(
 
     **Raises:** `ValueError` if `rate` is not in [0, 1).
     """
-    check_rate(rate)
+    check_rate("dropout", rate)
     bits = dropout(key, rate, batch_shape, num_heads, q_len, kv_len)
     return bits.keep().reshape(*batch_shape, num_heads, q_len, kv_len)
 
 
-def check_rate(rate: float) -> None:
-    if not 0 <= rate < 1:
-        raise ValueError(f"dropout: expected a rate in [0, 1), got {rate}.")
+def check_rate(where: str, rate: Any) -> None:
+    if not (is_number(rate) and 0 <= rate < 1):
+        raise ValueError(f"{where}: expected a rate in [0, 1), got {rate}.")
 
 
 def _fold(keys, size: int):

@@ -108,7 +108,7 @@ def as_dropout(rate: Any) -> float:
     if not is_number(rate):
         raise TypeError(f"dropout: expected a number, got {type(rate).__name__}.")
     rate = float(rate)
-    check_rate(rate)
+    check_rate("dropout", rate)
     return rate
 
 

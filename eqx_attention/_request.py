@@ -1,12 +1,13 @@
 """From a call, as users make it, to a request, as mechanisms read it."""
 
+import math
 from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ._axes import axes, canonical, prod, Sizes
+from ._axes import axes, canonical, Sizes
 from ._dropout import dropout
 from ._dtype import accumulation_dtype
 from ._errors import UnsupportedError
@@ -57,7 +58,7 @@ def request_of(call: Call) -> Request:
     """**Raises:** `TypeError` if a mask or a score does not fit the shapes of the call."""
     sizes = call.sizes()
     query, key_, value = (
-        x.reshape(prod(sizes.batch), *x.shape[-3:])
+        x.reshape(math.prod(sizes.batch), *x.shape[-3:])
         for x in (call.query, call.key_, call.value)
     )
     if call.dtype is not None:

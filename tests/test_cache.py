@@ -231,6 +231,26 @@ def test_bad_dtype():
         StaticCache.init(4, 2, 4, dtype=jnp.int32)
 
 
+def _with_fields(cache, fields):
+    return eqx.tree_at(lambda c: (c.key_, c.value, c.length), cache, fields)
+
+
+def test_bad_fields():
+    cache = _init(5, (3,))
+    key_, value, length = cache.key_, cache.value, cache.length
+    # As `load` does: the constructor's annotations are checked in tests alone.
+    for fields, match in (
+        ((key_[0, 0], value, length), "key_"),
+        ((key_, value.astype(jnp.int32), length), "value .*int32"),
+        ((key_, value[:, :4], length), r"value .*\(3, 5, 2\).*\(3, 4, 2, 6\)"),
+        ((key_, value[:, :, :1], length), "value"),
+        ((key_, value, length[:2]), r"length .*\(3,\).*\(2,\)"),
+        ((key_, value, length.astype(jnp.float32)), "length .*float32"),
+    ):
+        with pytest.raises(TypeError, match=match):
+            _with_fields(cache, fields).__check_init__()
+
+
 def test_bad_append():
     cache = _init(5)
     key_, value = _tokens(0, 3)

@@ -1,7 +1,6 @@
 """Reverse, forward and both, of every float array, against a dense float64 reference."""
 
 import functools as ft
-from unittest import mock
 
 import eqx_attention as eqa
 import jax
@@ -14,6 +13,7 @@ from eqx_attention.testing import Shape
 from .helpers import assert_close, compiled, fast_jit, operands
 
 
+KEY = jax.random.key(1)
 SHAPE = Shape((2,), 13, 17, 4, 2, 8, 5)
 MECHANISMS = {"vanilla": eqa.Vanilla(), "blockwise": eqa.Blockwise(block_q=4, block_k=8)}
 
@@ -59,7 +59,7 @@ def _loss(attend, x):
         sinks=x["sinks"],
         scale=x["scale"],
         dropout=0.3,
-        key=jax.random.key(1),
+        key=KEY,
         return_lse=True,
     )
     return jnp.sin(out).sum() + (lse**2).sum()
@@ -69,21 +69,7 @@ def _with(name):
     return ft.partial(_loss, ft.partial(eqa.attend, mechanism=MECHANISMS[name]))
 
 
-def _reference(*args, **kwargs):
-    """That draws the bits of dropout for itself, which can not be done in `jit`."""
-    kept = "eqx_attention.testing._reference._dropout_mask"
-    with mock.patch(kept, lambda *_: _kept()):
-        return testing.reference(*args, **kwargs)
-
-
-@ft.cache
-def _kept():
-    with jax.ensure_compile_time_eval():
-        mask = eqa.dropout_mask(jax.random.key(1), 0.3, (2,), 4, 13, 17)
-        return np.asarray(mask)
-
-
-_expected = ft.partial(_loss, _reference)
+_expected = ft.partial(_loss, testing.reference)
 
 
 @ft.cache

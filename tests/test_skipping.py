@@ -131,6 +131,14 @@ def test_forward_mode_skips(count):
     assert count(fn, *args) <= 36 * 3
 
 
+def test_rows_of_a_window(count):
+    # Eight blocks of 128 queries, each by one tile of all keys that it may see.
+    args, window = square(1024, heads=1), eqa.Causal() & eqa.SlidingWindow(100)
+    assert count(jax.jit(_attend(window, "blockwise")), *args) == 8
+    short = window & eqa.Padding(jnp.array(300))
+    assert count(jax.jit(_attend(short, "blockwise")), *args) == 4
+
+
 def test_module_is_reused(count):
     attention = eqa.Attention(mask=eqa.Causal(), score=eqa.ScoreFn(_counting), mechanism=B)
     fn = eqx.filter_jit(lambda m, *a: m(*a))

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, jaxtyped, PRNGKeyArray
 
 from .._attention import attend
 from .._mask import AbstractMask, Dense, Full
+from .._tokens import both_positions
 
 
 class AbstractCache(eqx.Module):
@@ -135,9 +136,8 @@ class AbstractCache(eqx.Module):
         As [`eqx_attention.attend`][].
         """
         if q_positions is None:
-            back = jnp.arange(-query.shape[-3], 0, dtype=self.length.dtype)
-            back = back.reshape((1,) * self.length.ndim + back.shape)
-            q_positions = self.length[..., None] + back
+            last = self.length[..., None] - 1
+            q_positions, _ = both_positions("end", last, query.shape[-3], 1)
         if not isinstance(mask, AbstractMask):
             mask = Dense(mask)
         key_, value, kv_positions, valid = self.keys_values()

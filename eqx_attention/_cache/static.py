@@ -51,6 +51,25 @@ class StaticCache(AbstractCache):
     value: Float[Array, "*batch capacity kv_heads value_dim"]
     length: Int32[Array, "*batch"]
 
+    def __check_init__(self):
+        for name, x in (("key_", self.key_), ("value", self.value)):
+            if x.ndim < 3 or not jnp.issubdtype(x.dtype, jnp.floating):
+                raise TypeError(
+                    f"StaticCache: {name} must be floating-point numbers of shape "
+                    f"(*batch, capacity, kv_heads, channels); got {x.dtype} of {x.shape}."
+                )
+        *batch, _, _, _ = self.key_.shape
+        if self.value.shape[:-1] != self.key_.shape[:-1]:
+            raise TypeError(
+                "StaticCache: value must have the axes of key_ but for the last, "
+                f"{self.key_.shape[:-1]}; got {self.value.shape}."
+            )
+        if self.length.shape != tuple(batch) or self.length.dtype != jnp.int32:
+            raise TypeError(
+                f"StaticCache: length must be int32 of shape {tuple(batch)}; got "
+                f"{self.length.dtype} of {self.length.shape}."
+            )
+
     @classmethod
     @jaxtyped(typechecker=beartype)
     def init(

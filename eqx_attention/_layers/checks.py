@@ -5,6 +5,7 @@ from typing import Any
 
 from jaxtyping import Array
 
+from .._dropout import check_rate
 from .._static import is_number
 
 
@@ -17,10 +18,8 @@ def check_positive(module: Any, *names: str) -> None:
 
 
 def check_dropout(module: Any) -> None:
-    p = getattr(module.dropout, "p", None)
-    if p is None or not 0 <= p < 1:
-        where = f"{type(module).__name__}: dropout_p"
-        raise ValueError(f"{where} must be in [0, 1); got {p}.")
+    rate = getattr(module.dropout, "p", None)
+    check_rate(f"{type(module).__name__}: dropout_p", rate)
 
 
 def check_linear(module: Any, name: str, in_size: int, out_size: int) -> None:

@@ -17,7 +17,7 @@ from .._axes import (
 )
 from .._mask import AbstractMask, span
 from .base import AbstractMechanism, Blocks, Gradients, Request
-from .plan import always_masked, Grid, grid, kinds, lists, never_masked
+from .plan import always_masked, Band, band, Grid, grid, kinds, lists, never_masked
 from .tile import heads_first, queries_by_keys, row_terms, TileOf, tokens_first
 
 
@@ -26,6 +26,8 @@ from .tile import heads_first, queries_by_keys, row_terms, TileOf, tokens_first
 _TOKENS = 512
 _FEWEST_TOKENS = 128
 _PAIRS = 2**19
+# How many keys a row of tiles has at most for them to be joined into one tile.
+_JOINED_TOKENS = 3 * _TOKENS
 
 
 class Blockwise(AbstractMechanism):
@@ -34,6 +36,7 @@ class Blockwise(AbstractMechanism):
     A loop over blocks of queries, and within it a loop over those blocks of keys that the
     mask lets the queries see: tiles that are EMPTY are not computed, those that are FULL
     are not masked. The softmax is computed online; the one division comes after the loop.
+    Where a narrow window is all that a block of queries may see, these keys are one tile.
     The gradient recomputes the weights of each tile from the log-sum-exp.
 
     ??? cite
@@ -88,31 +91,25 @@ class Blockwise(AbstractMechanism):
         return ()
 
     def blocks(self, request: Request) -> Blocks:
-        batch, q_len, _, _ = request.query.shape
-        _, kv_len, heads, _ = request.key_.shape
+        q_len, kv_len = request.lengths
         limit = _tokens(request.pairs.mask)
         block_q, block_k = (
             _size(self.block_q, q_len, limit),
             _size(self.block_k, kv_len, limit),
         )
-        pairs = request.groups * block_q * block_k
-        if request.platform != "cpu":
-            return Blocks(batch, heads, block_q, block_k)
-        block_h = largest_divisor(heads, _PAIRS // pairs)
-        pairs = pairs * block_h
-        block_b = largest_divisor(batch, _PAIRS // pairs) if block_h == heads else 1
-        return Blocks(block_b, block_h, block_q, block_k)
+        return _fit(request, block_q, block_k)
 
     def forward(
         self, request: Request
     ) -> tuple[
         Float[Array, "batch q_len q_heads value_dim"], Float[Array, "batch q_len q_heads"]
     ]:
-        tiles, overlaps = grid(request, self.blocks(request)), (False, True)
-        k, v = heads_first(request, request.key_), heads_first(request, request.value)
+        sizes, joined = self._joined(request)
+        tiles, overlaps = grid(request, sizes), (False, True)
+        k, v = request.key_, request.value
+        if joined is None:
+            k, v = heads_first(request, k), heads_first(request, v)
         table = lists(kinds(request, tiles, overlaps))
-
-        sizes = tiles.sizes
         heads, head_dim = sizes.heads * request.groups, request.query.shape[-1]
         q_shape = (sizes.batch, sizes.query, heads, head_dim)
 
@@ -124,22 +121,21 @@ class Blockwise(AbstractMechanism):
 
             def tile(masked, t, state):
                 j = columns[t]
-                at = TileOf(
-                    request,
-                    _block(tiles, b, h, i, j),
-                    (None, tiles.fresh(1, j)),
-                    masked=masked,
-                )
-                out, top, total = state
+                block = _block(tiles, b, h, i, j)
+                at = TileOf(request, block, (None, tiles.fresh(1, j)), masked)
                 k_tile, v_tile = (_take(x, tiles, b, h, 1, j) for x in (k, v))
-                logits = at.logits(queries_by_keys(request, q_tile, k_tile))
-                new = jnp.maximum(top, logits.max(axis=-1))
-                finite = jnp.where(jnp.isneginf(new), 0, new)
-                weights = jnp.exp(logits - finite[..., None])
-                decay = jnp.exp(top - finite)
-                total = total * decay + weights.sum(axis=-1)
-                more = at.attended(at.drop(weights), v_tile)
-                return out * decay[..., None] + more, new, total
+                return _absorb(at, q_tile, k_tile, v_tile, state)
+
+            def whole_row(joined, _, state):
+                block = joined.block(_block(tiles, b, h, i, 0))
+                at = TileOf(request, block)
+                first = (start[0], block.starts[3], h * sizes.heads, 0)
+                shape = (sizes.batch, joined.size, sizes.heads)
+                k_tile, v_tile = (
+                    heads_first(request, slice_at(x, first, (*shape, x.shape[-1])))
+                    for x in (k, v)
+                )
+                return _absorb(at, q_tile, k_tile, v_tile, state)
 
             shape = q_tile.shape[:3]
             state = (
@@ -147,7 +143,12 @@ class Blockwise(AbstractMechanism):
                 request.full(shape, -jnp.inf),
                 request.full(shape),
             )
-            out, top, total = _loop(tile, full, some, state, request, tiles, overlaps)
+            if joined is None:
+                state = _loop(tile, full, some, state, request, tiles, overlaps)
+            else:
+                body = ft.partial(whole_row, joined)
+                state = lax.fori_loop(0, jnp.minimum(some, 1), body, state)
+            out, top, total = state
             lse = jnp.where(total == 0, -jnp.inf, top + jnp.log(total))
             out = out / jnp.where(total == 0, 1, total)[..., None]
             return (
@@ -225,25 +226,62 @@ class Blockwise(AbstractMechanism):
         return tokens_first(dq), tokens_first(dk), tokens_first(dv), dleaves
 
     def explain(self, request: Request) -> str:
-        sizes = self.blocks(request)
+        sizes, joined = self._joined(request)
         tiles = grid(request, sizes)
+        columns, keys = tiles.counts.key, sizes.key
+        if joined is not None:
+            columns, keys = 1, joined.size
         return (
-            f"blockwise: {tiles.counts.query} × {tiles.counts.key} tiles of {sizes.query} "
-            f"queries × {sizes.key} keys × {sizes.heads * request.groups} heads × "
+            f"blockwise: {tiles.counts.query} × {columns} tiles of {sizes.query} "
+            f"queries × {keys} keys × {sizes.heads * request.groups} heads × "
             f"{sizes.batch} batch elements"
         )
+
+    def _joined(self, request: Request) -> tuple[Blocks, Band | None]:
+        """The sizes of the tiles of `forward`. With a band, a row is one tile of that, and
+        blocks of keys only tell which rows see none."""
+        sizes = self.blocks(request)
+        joined = band(request, sizes.query) if self.block_k is None else None
+        if joined is None or joined.size > _JOINED_TOKENS:
+            return sizes, None
+        return _fit(request, sizes.query, joined.size)._replace(key=sizes.key), joined
 
 
 def _tokens(mask: AbstractMask) -> int:
     """How many tokens a block has at most: fewer where each query sees few keys."""
     least, most = span(mask)
-    return int(min(max(_FEWEST_TOKENS, (most - least) / 2), _TOKENS))
+    return int(min(max(_FEWEST_TOKENS, (most - least + 1) / 2), _TOKENS))
 
 
 def _size(given: int | None, length: int, limit: int) -> int:
     if given is not None:
         return min(given, length)
     return ceil_div(length, ceil_div(length, limit))
+
+
+def _fit(request: Request, block_q: int, block_k: int) -> Blocks:
+    """A tile of so many tokens, with as many heads and batch elements as are good."""
+    batch, heads = request.query.shape[0], request.key_.shape[2]
+    if request.platform != "cpu":
+        return Blocks(batch, heads, block_q, block_k)
+    pairs = request.groups * block_q * block_k
+    block_h = largest_divisor(heads, _PAIRS // pairs)
+    pairs = pairs * block_h
+    block_b = largest_divisor(batch, _PAIRS // pairs) if block_h == heads else 1
+    return Blocks(block_b, block_h, block_q, block_k)
+
+
+def _absorb(at: TileOf, q, k, v, state):
+    """One step of the online softmax: `(out, top, total)` with the keys of a tile."""
+    out, top, total = state
+    logits = at.logits(queries_by_keys(at.request, q, k))
+    new = jnp.maximum(top, logits.max(axis=-1))
+    finite = jnp.where(jnp.isneginf(new), 0, new)
+    weights = jnp.exp(logits - finite[..., None])
+    decay = jnp.exp(top - finite)
+    total = total * decay + weights.sum(axis=-1)
+    more = at.attended(at.drop(weights), v)
+    return out * decay[..., None] + more, new, total
 
 
 def _place(tiles: Grid, n, rows: int):

@@ -1,5 +1,6 @@
 """Which tiles a request has, and which of them its mask lets us skip."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -7,8 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
-from .._axes import blocks as reduce_blocks, ceil_div, over_batch
-from .._mask import Full
+from .._axes import Block, blocks as reduce_blocks, ceil_div, over_batch
+from .._mask import Full, span
 from .._static import is_array
 from .._tokens import bounds
 from .base import Blocks, Request
@@ -55,6 +56,33 @@ def grid(request: Request, sizes: Blocks) -> Grid:
         ceil_div(kv_len, sizes.key),
     )
     return Grid(counts, sizes, (q_len, kv_len), request.groups)
+
+
+class Band(NamedTuple):
+    """As many keys as any query of one block may see, and where they start, counted from
+    the block's first query. `last` is the last key that they may start at."""
+
+    size: int
+    offset: int
+    last: int
+
+    def block(self, block: Block) -> Block:
+        """A tile of the queries of `block` and all keys that these may see."""
+        start = jnp.clip(block.starts[2] + self.offset, 0, self.last)
+        return Block((*block.starts[:3], start), (*block.sizes[:3], self.size))
+
+
+def band(request: Request, block_q: int) -> Band | None:
+    """What a block of so many queries may see, where that is known at trace time."""
+    pairs, kv_len = request.pairs, request.key_.shape[1]
+    least, most = span(pairs.mask)
+    positions = (pairs.q.position, pairs.kv.position)
+    if math.isinf(most - least) or any(p is not None for p in positions):
+        return None
+    # Rounded up to whole cache lines, or products take a few percent longer.
+    size = ceil_div(max(1, block_q + int(most - least)), 16) * 16
+    size = min(size, kv_len)
+    return Band(size, pairs.q.shift - pairs.kv.shift + int(least), kv_len - size)
 
 
 class Kinds(NamedTuple):

@@ -97,7 +97,8 @@ class TileOf:
             return jnp.where((more & less) | has(jnp.isnan(value)), jnp.nan, out)
 
         plain = ft.partial(product, weights, value)
-        return lax.cond(jnp.isfinite(value).all(), plain, with_holes)
+        finite = jnp.isfinite(value.sum(dtype=self.request.dtype))
+        return lax.cond(finite, plain, with_holes)
 
     def gradient(self, q, k, v, rows: tuple[Array, Array, Array], wrt: tuple[int, ...]):
         """`(dq, dk, dv, dleaves)`. The rows are `(lse, dout, delta)`: see `row_terms`."""

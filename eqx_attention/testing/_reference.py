@@ -188,7 +188,8 @@ def prepare(
     kept = np.ones(shape)
     if dropout > 0:
         sizes = (tuple(batch), q_heads, q_len, kv_len)
-        kept = np.asarray(_dropout_mask(key, dropout, *sizes)) / (1 - dropout)
+        with jax.ensure_compile_time_eval():
+            kept = np.asarray(_dropout_mask(key, dropout, *sizes)) / (1 - dropout)
     at = pairs_of(batch, q_heads, q_len, kv_len, q_positions, kv_positions)
     visible = np.broadcast_to(visible_at(mask, at), shape)
     return dict(at=at, visible=visible, kept=kept)
@@ -215,8 +216,8 @@ def reference(
     computes in double precision whether or not that is enabled. What it does with the
     floating-point arguments is traceable and differentiable (with `jax.grad`, if double
     precision is enabled around it; or by
-    [`eqx_attention.testing.reference_gradients`][]). The mask's arrays and the positions
-    must be concrete.
+    [`eqx_attention.testing.reference_gradients`][]). The mask's arrays, the positions
+    and the key of dropout must be concrete.
 
     **Arguments:** as those of [`eqx_attention.attend`][], without those that say how to
     compute. `dropout` is by [`eqx_attention.dropout_mask`][].
