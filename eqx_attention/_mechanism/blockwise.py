@@ -1,4 +1,5 @@
 import functools as ft
+import math
 
 import equinox as eqx
 import jax
@@ -15,7 +16,7 @@ from .._axes import (
     slice_at,
     write_at,
 )
-from .._mask import AbstractMask, span
+from .._mask import span
 from .base import AbstractMechanism, Blocks, Gradients, Request
 from .plan import always_masked, Band, band, Grid, grid, kinds, lists, never_masked
 from .tile import heads_first, queries_by_keys, row_terms, TileOf, tokens_first
@@ -26,6 +27,8 @@ from .tile import heads_first, queries_by_keys, row_terms, TileOf, tokens_first
 _TOKENS = 512
 _FEWEST_TOKENS = 128
 _PAIRS = 2**19
+# On accelerators, where starting a tile takes long, so many pairs if there are few heads.
+_WIDE_PAIRS = 2**23
 # How many keys a row of tiles has at most for them to be joined into one tile.
 _JOINED_TOKENS = 3 * _TOKENS
 
@@ -92,7 +95,7 @@ class Blockwise(AbstractMechanism):
 
     def blocks(self, request: Request) -> Blocks:
         q_len, kv_len = request.lengths
-        limit = _tokens(request.pairs.mask)
+        limit = _tokens(request)
         block_q, block_k = (
             _size(self.block_q, q_len, limit),
             _size(self.block_k, kv_len, limit),
@@ -247,10 +250,14 @@ class Blockwise(AbstractMechanism):
         return _fit(request, sizes.query, joined.size)._replace(key=sizes.key), joined
 
 
-def _tokens(mask: AbstractMask) -> int:
+def _tokens(request: Request) -> int:
     """How many tokens a block has at most: fewer where each query sees few keys."""
-    least, most = span(mask)
-    return int(min(max(_FEWEST_TOKENS, (most - least + 1) / 2), _TOKENS))
+    least, most = span(request.pairs.mask)
+    limit = _TOKENS
+    if request.platform != "cpu":
+        batch, _, heads, _ = request.query.shape
+        limit = max(limit, math.isqrt(_WIDE_PAIRS // (batch * heads)) // 128 * 128)
+    return int(min(max(_FEWEST_TOKENS, (most - least + 1) / 2), limit))
 
 
 def _size(given: int | None, length: int, limit: int) -> int:
