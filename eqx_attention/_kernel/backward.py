@@ -22,6 +22,10 @@ from .tables import never_masked, table
 from .terms import AtTile, folded_scale, keep_fn, logit_fn, Place, terms_of, visible_fn
 
 
+# How many heads at least are computed at once, if rows wait for one another.
+_SIDE_BY_SIDE = 32
+
+
 class Blocks(NamedTuple):
     """How a backward kernel is cut: queries of a tile, keys of a product, and how many
     tiles of queries and of gradients of outputs are in flight; and whether gradients of
@@ -109,7 +113,7 @@ class Work:
         counts = (batch, heads, ceil_div(q_len, blocks.query), parts)
         self.added = [jax.new_ref(jnp.zeros(counts, jnp.int32))] if blocks.in_order else []
         # A row waits for those before it: few are to be computed at once.
-        side_by_side = batch * self.kv_heads if blocks.in_order else section(request)
+        side_by_side = section(request, _SIDE_BY_SIDE if blocks.in_order else 1)
         self.place = place_of(batch, self.kv_heads, self.num_rows, side_by_side)
 
     @property

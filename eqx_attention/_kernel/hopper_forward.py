@@ -72,7 +72,7 @@ class Blocks(NamedTuple):
     key: int = 128
     stages: int = 2
     warpgroups: int = 2
-    overlap: bool = False
+    overlap: bool = True
 
     @property
     def rows(self) -> int:

@@ -13,12 +13,12 @@ from .._mechanism.base import Request
 _CACHE = 2**25
 
 
-def section(request: Request) -> int:
+def section(request: Request, least: int = 1) -> int:
     """How many key heads are computed side by side, so that what they read stays in the
-    second-level cache."""
+    second-level cache; but `least` of them, if there are so many."""
     batch, length, kv_heads, value_dim = request.value.shape
     size = length * (value_dim + request.query.shape[-1]) * request.query.dtype.itemsize
-    return largest_divisor(batch * kv_heads, max(1, _CACHE // size))
+    return largest_divisor(batch * kv_heads, max(least, _CACHE // size))
 
 
 def place_of(

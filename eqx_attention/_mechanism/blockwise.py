@@ -256,7 +256,8 @@ def _tokens(request: Request) -> int:
     limit = _TOKENS
     if request.platform != "cpu":
         batch, _, heads, _ = request.query.shape
-        limit = max(limit, math.isqrt(_WIDE_PAIRS // (batch * heads)) // 128 * 128)
+        side = math.isqrt(_WIDE_PAIRS // (batch * heads))
+        limit = max(limit, 1 << side.bit_length() - 1)
     return int(min(max(_FEWEST_TOKENS, (most - least + 1) / 2), limit))
 
 
