@@ -1,6 +1,6 @@
 """Prints the tables of what was timed on a GPU, from the results that are committed.
 
-`_hooks.py` puts them where `benchmarks.md` has `<!-- gpu -->`.
+`_hooks.py` puts them where `benchmarks.md` has `<!-- gpu -->` and `<!-- gpu peers -->`.
 """
 
 import json
@@ -8,7 +8,7 @@ import pathlib
 from typing import Any
 
 
-_RESULTS = pathlib.Path(__file__).parent.parent / "benchmarks" / "results" / "gpu.json"
+_RESULTS = pathlib.Path(__file__).parent.parent / "benchmarks" / "results"
 # How results call them -> how the page does.
 _NAMES = {
     "flash": "`Flash`",
@@ -83,8 +83,8 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def markdown_of_results() -> str:
-    return markdown(json.loads(_RESULTS.read_text()))
+def markdown_of_results(name: str = "gpu.json") -> str:
+    return markdown(json.loads((_RESULTS / name).read_text()))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What mkdocs runs while it builds the documentation."""
 
+import functools as ft
 import os
 import pathlib
 import runpy
@@ -25,20 +26,23 @@ def _features() -> str:
     return done.stdout
 
 
-def _gpu() -> str:
+def _gpu(name: str) -> str:
     script = pathlib.Path(__file__).with_name("_benchmarks.py")
-    return runpy.run_path(str(script))["markdown_of_results"]()
+    return runpy.run_path(str(script))["markdown_of_results"](name)
 
 
 _GENERATED = {
-    "features.md": ("<!-- features -->", _features),
-    "benchmarks.md": ("<!-- gpu -->", _gpu),
+    "features.md": {"<!-- features -->": _features},
+    "benchmarks.md": {
+        "<!-- gpu -->": ft.partial(_gpu, "gpu.json"),
+        "<!-- gpu peers -->": ft.partial(_gpu, "gpu_peers.json"),
+    },
 }
 
 
 def on_page_markdown(markdown: str, page, **kwargs) -> str:
     """Puts tables in place of what stands for them."""
-    mark, generate = _GENERATED.get(page.file.src_uri, ("", None))
-    if generate is None or mark not in markdown:
-        return markdown
-    return markdown.replace(mark, generate())
+    for mark, generate in _GENERATED.get(page.file.src_uri, {}).items():
+        if mark in markdown:
+            markdown = markdown.replace(mark, generate())
+    return markdown

@@ -83,7 +83,7 @@ def counted(counter: Any) -> jax.Array:
     def load(_, ref):
         i32, pointer = ir.IntegerType.get_signless(32), utils.memref_ptr(ref)
         code = "ld.relaxed.gpu.global.s32 $0, [$1];"
-        found = llvm.inline_asm(i32, [pointer], code, "=r,l", has_side_effects=True)
+        found: Any = llvm.inline_asm(i32, [pointer], code, "=r,l", has_side_effects=True)
         return FragmentedArray.splat(found, (), is_signed=True)
 
     return load(counter)
@@ -143,7 +143,7 @@ def any_nan(x: jax.Array, name: Any) -> jax.Array:
         )
         mlir_i32 = ir.IntegerType.get_signless(32)
         operands = [*numbers, name.registers[()]]
-        found = llvm.inline_asm(
+        found: Any = llvm.inline_asm(
             mlir_i32, operands, code, f"=r,{flags}r", has_side_effects=True
         )
         return FragmentedArray.splat(found, (), is_signed=True)

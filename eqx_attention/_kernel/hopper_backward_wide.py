@@ -24,6 +24,11 @@ _WARPGROUPS = 2
 _SWIZZLE = 64
 
 
+def piece_of(head_dim: int) -> int:
+    """How many columns of dq a warpgroup writes at once."""
+    return 32 * largest_divisor(head_dim // 64, 3)
+
+
 def backward(
     request: Request, lse: jax.Array, delta: jax.Array, dout: jax.Array, blocks: Blocks
 ) -> tuple[jax.Array, ...]:
@@ -34,8 +39,7 @@ def backward(
     block, dtype = blocks.query, request.query.dtype
     stages, dout_stages = blocks.stages, blocks.dout_stages
     half, v_half = head_dim // 2, value_dim // 2
-    # So many columns of dq are written at once.
-    piece = 32 * largest_divisor(half // 32, 3)
+    piece = piece_of(head_dim)
     shape = (blocks.key, block // 2)
 
     def kernel(*refs):

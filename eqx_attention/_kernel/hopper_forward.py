@@ -64,15 +64,15 @@ _PART = 64
 
 class Blocks(NamedTuple):
     """How the forward kernel is cut: queries of a warpgroup, keys of a tile, how many tiles
-    of keys are in flight, how many warpgroups compute; and whether a warpgroup has the
-    matrix units compute the next tile's logits and the last one's output while it computes
-    its softmax, which needs more registers."""
+    of keys are in flight, how many warpgroups compute; and whether a warpgroup, if nothing
+    is hidden, has the matrix units compute the next tile's logits and the last one's output
+    while it computes its softmax."""
 
     query: int = 64
     key: int = 128
     stages: int = 2
     warpgroups: int = 2
-    overlap: bool = True
+    overlap: bool = False
 
     @property
     def rows(self) -> int:
@@ -105,6 +105,7 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
         },
     )
     hides = any(not isinstance(s, ALiBi | SoftCap) for s in request.pairs.score)
+    overlap = blocks.overlap and not (may_mask or hides)
     factor = LOG2E * (1.0 if scale is None else scale)
     shape = (blocks.query, blocks.key)
     order = place_of(batch, heads, rows, section(request) * groups)
@@ -198,7 +199,7 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
                     return total + jnp.where(seen, found, 0.0).sum(axis=1)
 
                 parts = [pl.ds(n, _PART) for n in range(0, blocks.key, _PART)]
-                found = sum((bad(rows) for rows in parts[1:]), bad(parts[0]))
+                found = ft.reduce(jnp.add, map(bad, parts))
                 return lax.cond(any_nan(found, _LOOK + wg), replace, lambda: total)
 
             def in_turn():
@@ -253,10 +254,10 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
             def overlapped(out_acc):
                 def first(acc):
                     plgpu.wgmma(acc, q_smem.at[wg], k_smem.at[0].T)
-                    loaded = loads(may_mask, 0)
+                    loaded = loads(False, 0)
                     return acc[...], loaded
 
-                def step(masked, t, carry):
+                def step(t, carry):
                     weights, top, total = carry
                     slot, before = lax.rem(t, stages), lax.rem(t - 1, stages)
 
@@ -264,13 +265,14 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
                         plgpu.barrier_wait(k_ready.at[slot])
                         take_turn()
                         plgpu.wgmma(acc, q_smem.at[wg], k_smem.at[slot].T)
+                        plgpu.barrier_wait(v_ready.at[before])
                         plgpu.wgmma(out_acc, weights, v_smem.at[before])
                         give_turn()
-                        loaded = loads(masked, t)
+                        loaded = loads(False, t)
                         products = plgpu.wgmma_accumulator_load(acc, wait_n=1)
                         plgpu.barrier_arrive(k_free.at[slot])
                         # The softmax of this tile, while the one before it is attended to.
-                        return softmax(masked, products, loaded, top, total)
+                        return softmax(False, products, loaded, top, total)
 
                     accumulator = plgpu.WGMMAAccumulatorRef(shape, jnp.float32)
                     new, top, total, decay = pl.run_scoped(products, accumulator)
@@ -280,7 +282,7 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
                     out, _ = lax.optimization_barrier((out, weights))
                     plgpu.barrier_arrive(v_free.at[before])
                     out_acc[...] = out * along(decay, out.shape, 0)
-                    return new, top, without_nan(t, masked, new, total)
+                    return new, top, total
 
                 plgpu.barrier_wait(k_ready.at[0])
                 products, loaded = pl.run_scoped(
@@ -289,22 +291,16 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
                 plgpu.barrier_arrive(k_free.at[0])
                 top = full((blocks.query,), -jnp.inf, ROW)
                 total = full((blocks.query,), 0.0, ROW)
-                weights, top, total, _ = softmax(may_mask, products, loaded, top, total)
-                total = without_nan(0, may_mask, weights, total)
+                *carry, _ = softmax(False, products, loaded, top, total)
                 pl.when(wg == warpgroups - 1)(give_turn)
-                carry = lax.fori_loop(
-                    1, whole, ft.partial(step, False), (weights, top, total)
-                )
-                if may_mask:
-                    begin = jnp.maximum(whole, 1)
-                    carry = lax.fori_loop(begin, some, ft.partial(step, True), carry)
-                weights, top, total = carry
+                weights, top, total = lax.fori_loop(1, some, step, tuple(carry))
                 last = lax.rem(some - 1, stages)
+                plgpu.barrier_wait(v_ready.at[last])
                 plgpu.wgmma(out_acc, weights, v_smem.at[last])
                 return out_acc[...], top, total
 
             plgpu.barrier_wait(q_ready.at[wg])
-            if blocks.overlap:
+            if overlap:
                 whole_out = (blocks.query, value_dim)
                 accumulator = plgpu.WGMMAAccumulatorRef(whole_out, jnp.float32)
                 out, top, total = pl.run_scoped(overlapped, accumulator)

@@ -102,7 +102,7 @@ def read(ref: Any, index: Array) -> Array:
 
         def each(register):
             (size,) = ir.VectorType(register.type).shape
-            entries = [
+            entries: list[Any] = [
                 one(vector.extract(register, dynamic_position=[], static_position=[n]))
                 for n in range(size)
             ]

@@ -1,23 +1,81 @@
-"""Which tiles the kernels use: measured on an H200, by benchmarks/gpu_check.py."""
+"""Which tiles the kernels use: a table that `python -m eqx_attention.tune` measures."""
 
-from . import backward, hopper_forward
+import functools as ft
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+from .._axes import ceil_div
+from .._mask import Full
+from .._mechanism.base import Request
+from . import backward, hopper_backward_wide, hopper_forward
 
 
-# Bytes of shared memory that the forward's tiles may take.
+TABLE = pathlib.Path(__file__).parent / "tuning.json"
+# Bytes of shared memory that tiles may take, and registers of a thread.
 _SHARED = 225 * 1024
+_REGISTERS = {2: 208, 3: 136}  # by the number of warpgroups
 
 
-def forward_blocks(head_dim: int, value_dim: int) -> hopper_forward.Blocks:
-    if max(head_dim, value_dim) <= 64:
-        return hopper_forward.Blocks(warpgroups=3, overlap=False)
-    wide = hopper_forward.Blocks()
-    fixed = wide.rows * head_dim
-    tiles = wide.stages * wide.key * (head_dim + value_dim)
-    return wide if 2 * (fixed + tiles) <= _SHARED else wide._replace(key=64)
+class Sizes(NamedTuple):
+    """What the choice goes by: the sizes to which heads are padded, and whether there is
+    any mask."""
+
+    head_dim: int
+    value_dim: int
+    masked: bool
 
 
-def backward_blocks(head_dim: int, value_dim: int, in_order: bool) -> backward.Blocks:
-    if max(head_dim, value_dim) <= 64:
-        return backward.Blocks(query=128, in_order=in_order)
-    dout_stages = 2 if value_dim <= 128 else 1
-    return backward.Blocks(dout_stages=dout_stages, in_order=in_order)
+def sizes_of(request: Request) -> Sizes:
+    sizes = request.query.shape[-1], request.value.shape[-1]
+    head_dim, value_dim = (64 * ceil_div(size, 64) for size in sizes)
+    masked = not isinstance(request.pairs.mask, Full)
+    # The backward shares the gradient of queries out among warpgroups by `head_dim`.
+    return Sizes(max(head_dim, value_dim), value_dim, masked)
+
+
+@ft.cache
+def _measured() -> dict[str, dict[Sizes, dict[str, Any]]]:
+    table = json.loads(TABLE.read_text())
+    return {
+        which: {Sizes(**row["sizes"]): row["blocks"] for row in table[which]}
+        for which in ("forward", "backward")
+    }
+
+
+def forward_fits(sizes: Sizes, blocks: hopper_forward.Blocks) -> bool:
+    """Whether there is room for the forward's tiles."""
+    both = sizes.head_dim + sizes.value_dim
+    shared = 2 * (blocks.rows * sizes.head_dim + blocks.stages * blocks.key * both)
+    # The logits, the output and the weights, of 64 queries in 128 threads.
+    registers = blocks.key // 2 + sizes.value_dim // 2 + blocks.key // 4
+    return shared <= _SHARED and registers <= _REGISTERS[blocks.warpgroups]
+
+
+def backward_fits(sizes: Sizes, blocks: backward.Blocks) -> bool:
+    """Whether there is room for the backward's tiles."""
+    both = sizes.head_dim + sizes.value_dim
+    queries = blocks.stages * sizes.head_dim + blocks.dout_stages * sizes.value_dim
+    narrow = max(sizes.head_dim, sizes.value_dim) <= 128
+    keys = 2 * blocks.key if narrow else blocks.key
+    # Weights and gradients of logits, twice; and gradients of queries.
+    pairs = 4 * blocks.key * blocks.query
+    piece = 64 if narrow else hopper_backward_wide.piece_of(sizes.head_dim)
+    added = 2 * 64 * piece
+    shared = 2 * (keys * both + blocks.query * queries + pairs) + 4 * added
+    return shared <= _SHARED
+
+
+def forward_blocks(sizes: Sizes) -> hopper_forward.Blocks:
+    found = _measured()["forward"].get(sizes)
+    if found is not None:
+        return hopper_forward.Blocks(**found)
+    blocks = hopper_forward.Blocks()
+    return blocks if forward_fits(sizes, blocks) else blocks._replace(key=64)
+
+
+def backward_blocks(sizes: Sizes, in_order: bool) -> backward.Blocks:
+    found = _measured()["backward"].get(sizes)
+    if found is None:
+        found = {"dout_stages": 2 if sizes.value_dim <= 128 else 1}
+    return backward.Blocks(**found, in_order=in_order)

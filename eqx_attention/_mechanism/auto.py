@@ -4,32 +4,33 @@ from .base import AbstractMechanism, Blocks, Gradients, Request
 from .blockwise import Blockwise
 from .cudnn import CuDNN
 from .flash import Flash
+from .measured import faster
 from .vanilla import Vanilla, weights_bytes
 
 
 # Up to this many bytes of weights, one tile is as fast as many: benchmarks/cpu.py.
 _SMALL = 2**21
-# In this order. Forward, ours are as fast as cuDNN's or faster; with the backward, they are
-# 4 to 12 % slower: benchmarks/results/gpu.json.
-_KERNELS = (
-    (CuDNN(), "its kernels support this call, and are faster with the backward"),
-    (Flash(), "its kernels support this call"),
-)
 
 
 class Auto(AbstractMechanism):
     """Chooses among the mechanisms that support a request; `explain` says which and why.
 
-    On a GPU, [`eqx_attention.CuDNN`][] or else [`eqx_attention.Flash`][], where they
-    support it. Otherwise [`eqx_attention.Vanilla`][] where its weights are small, as for
-    short sequences and for few queries, and [`eqx_attention.Blockwise`][] where not.
+    On a GPU, [`eqx_attention.Flash`][] or [`eqx_attention.CuDNN`][], where they support
+    it; and where both do, the one that was faster, forward and backward, at what is most
+    like the request among all that was measured. Otherwise [`eqx_attention.Vanilla`][]
+    where its weights are small, as for short sequences and for few queries, and
+    [`eqx_attention.Blockwise`][] where not.
     """
 
     def choose(self, request: Request) -> tuple[AbstractMechanism, str]:
         """The mechanism chosen, and why."""
-        for kernels, why in _KERNELS:
-            if not kernels.unsupported(request):
-                return kernels, why
+        both = {"flash": Flash(), "cudnn": CuDNN()}
+        able = {name: x for name, x in both.items() if not x.unsupported(request)}
+        if len(able) == 2:
+            name, why = faster(request)
+            return able[name], why
+        for kernels in able.values():
+            return kernels, "its kernels support this call"
         size = weights_bytes(request)
         mib, limit = size / 2**20, _SMALL / 2**20
         if size <= _SMALL:

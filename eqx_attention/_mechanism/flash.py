@@ -87,10 +87,10 @@ class Flash(AbstractMechanism):
         Float[Array, "batch q_len q_heads value_dim"], Float[Array, "batch q_len q_heads"]
     ]:
         from .._kernel.hopper_forward import forward
-        from .._kernel.tuning import forward_blocks
+        from .._kernel.tuning import forward_blocks, sizes_of
 
         wide = _padded(request)
-        out, lse = forward(wide, forward_blocks(*_sizes(wide)))
+        out, lse = forward(wide, forward_blocks(sizes_of(request)))
         return out[..., : request.value.shape[-1]], lse
 
     def backward(
@@ -103,11 +103,12 @@ class Flash(AbstractMechanism):
         wrt: tuple[int, ...],
     ) -> Gradients:
         from .._kernel import hopper_backward, hopper_backward_wide
-        from .._kernel.tuning import backward_blocks
+        from .._kernel.tuning import backward_blocks, sizes_of
 
         wide = _padded(seen_queries(request, lse))
-        sizes = _sizes(wide)
-        kernels = hopper_backward if max(sizes) <= 128 else hopper_backward_wide
+        sizes = sizes_of(request)
+        narrow = max(sizes.head_dim, sizes.value_dim) <= 128
+        kernels = hopper_backward if narrow else hopper_backward_wide
         empty = jnp.isneginf(lse)
         dout_ = jnp.where(empty[..., None], 0, dout)
         delta = (dout_.astype(lse.dtype) * out.astype(lse.dtype)).sum(-1)
@@ -115,7 +116,7 @@ class Flash(AbstractMechanism):
             delta = delta - jnp.where(empty, 0, dlse)
         low = jnp.where(empty, jnp.inf, lse)
         dout_ = _wider(dout_.astype(request.query.dtype), wide.value.shape[-1])
-        blocks = backward_blocks(*sizes, self.reproducible)
+        blocks = backward_blocks(sizes, self.reproducible)
         grads = kernels.backward(wide, low, delta, dout_, blocks)
         inputs = (request.query, request.key_, request.value)
         dq, dk, dv = (
@@ -131,9 +132,9 @@ class Flash(AbstractMechanism):
         return Blockwise().blocks(request)
 
     def explain(self, request: Request) -> str:
-        from .._kernel.tuning import forward_blocks
+        from .._kernel.tuning import forward_blocks, sizes_of
 
-        blocks = forward_blocks(*map(_wide, _sizes(request)))
+        blocks = forward_blocks(sizes_of(request))
         return (
             f"flash: tiles of {blocks.query} queries × {blocks.key} keys, "
             f"{blocks.warpgroups} a block of threads; forward and backward in kernels for "
@@ -141,27 +142,17 @@ class Flash(AbstractMechanism):
         )
 
 
-def _wide(size: int) -> int:
-    """Sizes of heads are padded to this."""
-    return -(-size // 64) * 64
-
-
 def _wider(x: Array, size: int) -> Array:
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, size - x.shape[-1])))
 
 
-def _sizes(request: Request) -> tuple[int, int]:
-    """`(head_dim, value_dim)`."""
-    return request.query.shape[-1], request.value.shape[-1]
-
-
 def _padded(request: Request) -> Request:
-    value_dim = _wide(request.value.shape[-1])
-    # The backward shares the gradient of queries out among warpgroups by `head_dim`.
-    head_dim = max(_wide(request.query.shape[-1]), value_dim)
+    from .._kernel.tuning import sizes_of
+
+    sizes = sizes_of(request)
     return dataclasses.replace(
         request,
-        query=_wider(request.query, head_dim),
-        key_=_wider(request.key_, head_dim),
-        value=_wider(request.value, value_dim),
+        query=_wider(request.query, sizes.head_dim),
+        key_=_wider(request.key_, sizes.head_dim),
+        value=_wider(request.value, sizes.value_dim),
     )
