@@ -34,7 +34,14 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", list(CASES))
+def _slow_unless(names):
+    return [
+        name if name in names else pytest.param(name, marks=pytest.mark.slow)
+        for name in CASES
+    ]
+
+
+@pytest.mark.parametrize("name", _slow_unless(("causal", "end", "segments")))
 def test_same_numbers_and_bits(name):
     shape, mask, kwargs = CASES[name]
     args = operands(shape)

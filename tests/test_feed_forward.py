@@ -155,6 +155,7 @@ def test_feed_forward(activation, use_bias, x64, key):
     np.testing.assert_allclose(ff(x), linear(ff.down_proj, hidden), atol=1e-13)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block_size", (None, 1, 4, 20))
 def test_feed_forward_dropout(block_size, x64, key):
     """The same bits, and so the same gradients, in blocks of any size."""

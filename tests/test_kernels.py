@@ -298,6 +298,7 @@ def without_a_gpu(monkeypatch):
     monkeypatch.setattr(lookup, "read", read)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by_key", (False, True))
 @pytest.mark.parametrize("name", TILES)
 def test_terms_on_a_tile(name, by_key, without_a_gpu):

@@ -352,6 +352,7 @@ def test_cache(mask, mechanism, key):
         jax.block_until_ready(call(mha, x[:4], cache))
 
 
+@pytest.mark.slow
 def test_cache_vmap(key):
     """A batch in which each sequence is as long as it likes."""
     mha, init = _cached(eqa.Causal(), key)
