@@ -4,9 +4,6 @@ they do not support, and masks and scores are split as they should be.
 What they compute is checked on a GPU by benchmarks/gpu_check.py, whose cases these are.
 """
 
-import dataclasses
-import importlib.util
-import pathlib
 import re
 
 import equinox as eqx
@@ -16,42 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from eqx_attention import _device
-from eqx_attention._attention import _call
-from eqx_attention._axes import Block
-from eqx_attention._kernel import lookup
 from eqx_attention._kernel.pairwise import NotElementwise
 from eqx_attention._kernel.tables import table
-from eqx_attention._kernel.terms import logit_fn, Place, Term, terms_of, visible_fn
+from eqx_attention._kernel.terms import logit_fn, Term, visible_fn
 from eqx_attention._mechanism import attention, cudnn, flash
 from eqx_attention._mechanism.measured import faster
-from eqx_attention._mechanism.tile import TileOf
-from eqx_attention._request import request_of
-from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from .kernel_cases import CASES, HOPPER, make_case, make_request, on_hopper
 
 
-def _cases():
-    path = pathlib.Path(__file__).parent.parent / "benchmarks" / "gpu" / "cases.py"
-    spec = importlib.util.spec_from_file_location("cases", path)
-    module = importlib.util.module_from_spec(spec)  # pyright: ignore
-    spec.loader.exec_module(module)  # pyright: ignore
-    return module
-
-
-CASES = _cases()
 NEW = _device.version_of_jax() >= (0, 11)
-TILES = ["segments", "dense", "predicate", "score function", "bias", "positions"]
-TILES += [name for name in CASES.SUPPORT if "lookup" in name or "relative" in name]
-HOPPER = [name for name, (able, *_) in CASES.SUPPORT.items() if "flash" in able]
-
-
-def _request(q, k, v, **options):
-    options = {"mask": eqa.Full(), "score": (), "sinks": None, "scale": None} | options
-    positions = {"q_positions": "start", "kv_positions": None, "precision": None}
-    return request_of(_call(q, k, v, **(positions | options)))
-
-
-def _on_hopper(request):
-    return dataclasses.replace(request, platform="gpu")
 
 
 @pytest.fixture
@@ -62,21 +33,11 @@ def hopper(monkeypatch):
     monkeypatch.setattr(flash, "version_of_jax", lambda: (0, 11, 2))
 
 
-def _case(name):
-    _, shape, make = CASES.SUPPORT[name]
-    options = make()
-    dtype = jnp.dtype(options.pop("dtype", "bfloat16"))
-    for other in ("return_lse", "nan"):
-        options.pop(other, None)
-    *arrays, dout = CASES.operands(shape, dtype, 0)
-    return arrays, dout, options
-
-
 @pytest.mark.parametrize("name", list(CASES.SUPPORT))
 def test_expected_support(name, hopper):
     able = CASES.SUPPORT[name][0]
-    arrays, _, options = _case(name)
-    request = _on_hopper(_request(*arrays, **options))
+    arrays, _, options = make_case(name)
+    request = on_hopper(make_request(*arrays, **options))
     for mechanism, kind in (("flash", eqa.Flash), ("cudnn", eqa.CuDNN)):
         assert (not kind().unsupported(request)) == (mechanism in able)
     expected = [n for n in ("cudnn", "flash") if n in able] or ["vanilla", "blockwise"]
@@ -89,16 +50,16 @@ def test_expected_support(name, hopper):
 @pytest.mark.parametrize("name", HOPPER)
 def test_lowering(name):
     """Forward and backward lower for a GPU, where jax has what they are written in."""
-    (q, k, v), dout, options = _case(name)
+    (q, k, v), dout, options = make_case(name)
     arrays, static = eqx.partition(options, eqx.is_array)
     if not NEW:
-        request = _on_hopper(_request(q, k, v, **options))
+        request = on_hopper(make_request(q, k, v, **options))
         assert any("jax" in reason for reason in eqa.Flash().unsupported(request))
         return
 
     def grads(q, k, v, dout, arrays):
         def out(q, k, v):
-            request = _request(q, k, v, **eqx.combine(arrays, static))
+            request = make_request(q, k, v, **eqx.combine(arrays, static))
             return attention(eqa.Flash(), request)[0]
 
         primal, pull = jax.vjp(out, q, k, v)
@@ -110,7 +71,7 @@ def test_lowering(name):
 
 
 def _flash(q, k, v, score=()):
-    request = _request(q, k, v, mask=eqa.Causal(), score=score)
+    request = make_request(q, k, v, mask=eqa.Causal(), score=score)
     return attention(eqa.Flash(), request)[0]
 
 
@@ -144,7 +105,7 @@ def _of_slopes(q, k, v, dout):
 )
 def test_transformations_lower(fn):
     if not NEW:
-        assert "0.11" in " ".join(eqa.Flash().unsupported(_request(*3 * [_small()])))
+        assert "0.11" in " ".join(eqa.Flash().unsupported(make_request(*3 * [_small()])))
         return
     lowered = jax.jit(fn).trace(*4 * [_small()])
     text = lowered.lower(lowering_platforms=("cuda",)).as_text()
@@ -158,24 +119,24 @@ def _small():
 def test_refusals_name_the_reason(hopper):
     shape = (1, 64, 2, 64)
     q = jnp.zeros(shape, jnp.bfloat16)
-    cpu = _request(q, q, q)
+    cpu = make_request(q, q, q)
     assert "not on cpu" in eqa.Flash().unsupported(cpu)[0]
     assert "not on cpu" in eqa.CuDNN().unsupported(cpu)[0]
     with pytest.raises(eqa.UnsupportedError, match="not on cpu.*blockwise"):
         eqa.attend(q, q, q, mechanism="flash")
-    request = _on_hopper(_request(*3 * [q.astype(jnp.float32)]))
+    request = on_hopper(make_request(*3 * [q.astype(jnp.float32)]))
     for kind in (eqa.Flash, eqa.CuDNN):
         assert "not in float32" in kind().unsupported(request)[0]
-    wide = _on_hopper(_request(*3 * [jnp.zeros((1, 64, 2, 264), jnp.bfloat16)]))
+    wide = on_hopper(make_request(*3 * [jnp.zeros((1, 64, 2, 264), jnp.bfloat16)]))
     assert "head_dim" in eqa.Flash().unsupported(wide)[0]
     score = eqa.ScoreFn(lambda logit, *_: jnp.sort(logit, axis=-1))
-    request = _on_hopper(_request(q, q, q, score=(score,)))
+    request = on_hopper(make_request(q, q, q, score=(score,)))
     assert "no sort of pairs, as this score" in eqa.Flash().unsupported(request)[0]
 
 
 def test_other_gpus(hopper, monkeypatch):
     q = jnp.zeros((1, 64, 2, 64), jnp.bfloat16)
-    request = _on_hopper(_request(q, q, q))
+    request = on_hopper(make_request(q, q, q))
     assert type(eqa.Auto().choose(request)[0]) is eqa.Flash
     for module in (flash, cudnn):
         monkeypatch.setattr(module, "compute_capability", lambda: (7, 5))
@@ -192,7 +153,7 @@ def test_what_belongs_to_one_side_is_computed_outside():
     q, k, v = (jnp.zeros((1, n, 4, 64), jnp.bfloat16) for n in (6, 8, 8))
     params = {"table": jnp.arange(4.0)}
     score = eqa.ScoreFn(_fn, q_features=jnp.arange(6.0), params=params)
-    request = _request(q, k, v, score=(score,))
+    request = make_request(q, k, v, score=(score,))
     inputs = Term(request, logit_fn, 4, 4).inputs()
     shapes = sorted(x.array.shape for x in inputs)
     # A number a head (two of them: the last is of none), and one a query, padded.
@@ -206,7 +167,7 @@ def test_pairs_must_be_elementwise():
         return jnp.sort(logit, axis=-1)
 
     q = jnp.zeros((1, 8, 2, 64), jnp.bfloat16)
-    request = _request(q, q, q, score=(eqa.ScoreFn(sorts),))
+    request = make_request(q, q, q, score=(eqa.ScoreFn(sorts),))
     with pytest.raises(NotElementwise, match="sort"):
         Term(request, logit_fn, 8, 8)
 
@@ -221,7 +182,7 @@ def test_pairs_must_be_elementwise():
 )
 def test_what_the_compiler_lacks_is_refused(fn, word, hopper):
     q = jnp.zeros((1, 64, 2, 64), jnp.bfloat16)
-    request = _on_hopper(_request(q, q, q, score=(eqa.ScoreFn(fn),)))
+    request = on_hopper(make_request(q, q, q, score=(eqa.ScoreFn(fn),)))
     assert word in " ".join(eqa.Flash().unsupported(request))
 
 
@@ -263,79 +224,9 @@ def test_lookups_that_are_refused(fn, reason, hopper):
     q = jnp.zeros((1, 64, 2, 64), jnp.bfloat16)
     params = {"t": jnp.arange(40.0)}
     score = eqa.ScoreFn(of_pair, q_features=jnp.zeros(64), params=params)
-    request = _on_hopper(_request(q, q, q, score=(score,)))
+    request = on_hopper(make_request(q, q, q, score=(score,)))
     (found,) = eqa.Flash().unsupported(request)
     assert re.search(f"compute no ({reason}).*, as this score does", found)
-
-
-class _Ref:
-    """An array in the memory of a GPU, as far as terms look at it."""
-
-    def __init__(self, array):
-        self.array = array
-        self.at = self
-
-    def __getitem__(self, at):
-        parts = [slice(x.start, x.start + x.size) if hasattr(x, "size") else x for x in at]
-        return self.array[tuple(parts)]
-
-
-@pytest.fixture
-def without_a_gpu(monkeypatch):
-    """Terms are evaluated by numpy, so to say. What is read of tables must be in them."""
-
-    def iota(dtype, shape, axis, *, layout):
-        return jax.lax.broadcasted_iota(dtype, shape, axis)
-
-    def read(table, index):
-        assert index.dtype == jnp.int32
-        assert 0 <= index.min() and index.max() < table.size
-        return table[index]
-
-    monkeypatch.setattr(plgpu, "broadcasted_iota", iota)
-    monkeypatch.setattr(plgpu, "layout_cast", lambda x, layout: x)
-    monkeypatch.setattr(plgpu, "load", lambda x, *, layout, optimized: x)
-    monkeypatch.setattr(lookup, "read", read)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("by_key", (False, True))
-@pytest.mark.parametrize("name", TILES)
-def test_terms_on_a_tile(name, by_key, without_a_gpu):
-    """What is computed in the kernels, of a tile, against the portable mechanisms'."""
-    (q, k, v), _, options = _case(name)
-    request = _request(q, k, v, **options)
-    batch, heads, (q_len, kv_len) = q.shape[0], q.shape[2], request.lengths
-    shape = (batch, heads, q_len, kv_len)
-    product, cotangent = jax.random.normal(jax.random.key(1), (2, *shape))
-    whole = Block((0, 0, 0, 0), shape)
-    masked = TileOf(request, whole, masked=True).logits
-    seen = ~jnp.isneginf(masked(product))
-    want, pull = jax.vjp(TileOf(request, whole, masked=False).logits, product)
-    fns = {"visible": visible_fn(request, 64), "logit": logit_fn}
-    given = terms_of(request, 128, 64, fns, by_key)
-    given = given.given([_Ref(x) for x in given.arrays])
-    b, h, i, j = batch - 1, heads - 2 if heads > 1 else 0, q_len // 128 * 64, kv_len // 64
-    place = Place(b, h, i, j // 2 * 64, (64, 128) if by_key else (128, 64), int(by_key))
-    tile = (b, h, slice(i, min(i + 128, q_len)), slice(place.key, place.key + 64))
-    at = {n: x.at(x.load(place, x.load(place)), place) for n, x in given.items()}
-
-    def padded(x):
-        x = x[tile]
-        x = jnp.pad(x, ((0, 128 - x.shape[0]), (0, 64 - x.shape[1])))
-        return x.T if by_key else x
-
-    def real(x):
-        rows, columns = np.asarray(want[tile]).shape
-        return np.asarray(x.T if by_key else x)[:rows, :columns]
-
-    visible = real(at["visible"]())
-    products, cotangents = padded(product), padded(cotangent)
-    got = real(at["logit"](0, products))
-    gradient = real(at["logit"](1, products, cotangents))
-    assert np.array_equal(visible & ~np.isneginf(got), np.asarray(seen[tile]))
-    for x, y in ((got, want), (gradient, pull(cotangent)[0])):
-        np.testing.assert_allclose(x, np.asarray(y[tile]), rtol=1e-4, atol=1e-4)
 
 
 def test_cudnn_refuses_what_was_not_checked(hopper):
@@ -343,7 +234,7 @@ def test_cudnn_refuses_what_was_not_checked(hopper):
     lengths = jnp.array([3, 5])
     both = eqa.Padding(lengths) & eqa.Causal()
     for options in ({"mask": both}, {"mask": eqa.Padding(lengths, lengths)}):
-        request = _on_hopper(_request(q, q, q, **options))
+        request = on_hopper(make_request(q, q, q, **options))
         assert eqa.CuDNN().unsupported(request)
         assert not eqa.Flash().unsupported(request)
 
@@ -367,7 +258,7 @@ def test_tables_hold_each_tile_that_is_seen(mask, kv_len, by_key):
     if isinstance(mask, eqa.Segments):
         mask = eqa.Segments(jnp.arange(40) // 11, jnp.arange(kv_len) // 11)
     q, k = (jnp.zeros((1, n, 2, 64), jnp.bfloat16) for n in (40, kv_len))
-    request = _request(q, k, k, mask=mask)
+    request = make_request(q, k, k, mask=mask)
     block_q, block_k = 16, 8
     got = table(request, block_q, block_k, by_key)
     columns, full, some, before = (np.asarray(x) for x in got)
@@ -393,8 +284,8 @@ def test_tables_hold_each_tile_that_is_seen(mask, kv_len, by_key):
 def test_masks_beyond_the_end():
     """`~` of a mask sees nothing beyond the end of the keys."""
     q, k = (jnp.zeros((1, n, 1, 64), jnp.bfloat16) for n in (8, 5))
-    visible = visible_fn(_request(q, k, k, mask=~eqa.Causal()), 8)
-    request = _request(q, k, k, mask=~eqa.Causal())
+    visible = visible_fn(make_request(q, k, k, mask=~eqa.Causal()), 8)
+    request = make_request(q, k, k, mask=~eqa.Causal())
     term = Term(request, visible, 8, 8)
     assert [x.dtype for x in term.graph.outputs] == [jnp.bool_]
     assert "lt" in {node.primitive.name for node in _nodes(term.graph.outputs[0])}
