@@ -81,9 +81,12 @@ def request_of(call: Call) -> Request:
         q,
         kv,
     )
-    # A sink changes the output once more, which is to be rounded once.
+    # The gradient starts from the output, and is the better the less that was rounded. Only
+    # kernels, which write each result once, do so in the dtype of the query; not where a
+    # sink changes the output once more.
     result = call.query.dtype
-    result = result if call.sinks is None else accumulation_dtype(result)
+    if call.platform != "gpu" or call.sinks is not None:
+        result = accumulation_dtype(result)
     return Request(query, key_, value, pairs, call.precision, call.platform, result)
 
 

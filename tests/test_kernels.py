@@ -229,6 +229,15 @@ def test_lookups_that_are_refused(fn, reason, hopper):
     assert re.search(f"compute no ({reason}).*, as this score does", found)
 
 
+@pytest.mark.parametrize("batch, heads, tokens", ((1, 2, 2048), (2, 16, 512)))
+def test_tiles_of_blockwise_grow_where_there_are_few_heads(batch, heads, tokens):
+    q = jnp.zeros((batch, 4096, heads, 1))
+    request = make_request(q, q, q)
+    assert eqa.Blockwise().blocks(request).query == 512
+    blocks = eqa.Blockwise().blocks(on_hopper(request))
+    assert (blocks.query, blocks.key) == (tokens, tokens)
+
+
 def test_cudnn_refuses_what_was_not_checked(hopper):
     q = jnp.zeros((2, 64, 2, 64), jnp.bfloat16)
     lengths = jnp.array([3, 5])

@@ -256,8 +256,8 @@ def _tokens(request: Request) -> int:
     limit = _TOKENS
     if request.platform != "cpu":
         batch, _, heads, _ = request.query.shape
-        side = math.isqrt(_WIDE_PAIRS // (batch * heads))
-        limit = max(limit, 1 << side.bit_length() - 1)
+        side = math.isqrt(_WIDE_PAIRS // max(batch * heads, 1))
+        limit = max(limit, 2 ** (side.bit_length() - 1))
     return int(min(max(_FEWEST_TOKENS, (most - least + 1) / 2), limit))
 
 
