@@ -71,7 +71,7 @@ def test_lowering(name):
 
 
 def _flash(q, k, v, score=()):
-    request = make_request(q, k, v, mask=eqa.Causal(), score=score)
+    request = on_hopper(make_request(q, k, v, mask=eqa.Causal(), score=score))
     return attention(eqa.Flash(), request)[0]
 
 
