@@ -85,10 +85,9 @@ def calls(
     request: Request, dout: Array, sizes: Any
 ) -> Iterator[tuple[str, Any, Callable[[], Any]]]:
     """`(pass, blocks, a call)` of each candidate, compiled."""
-    from ._kernel import hopper_backward, hopper_backward_wide, hopper_forward, tuning
+    from ._kernel import hopper_forward, tuning
 
-    narrow = max(sizes.head_dim, sizes.value_dim) <= 128
-    back: Any = hopper_backward if narrow else hopper_backward_wide
+    back = tuning.backward_kernels(sizes)
     default = tuning.forward_blocks(sizes)
     out, lse = jax.jit(lambda x: hopper_forward.forward(x, default))(request)
     delta = (out.astype(lse.dtype) * dout.astype(lse.dtype)).sum(-1)

@@ -26,6 +26,10 @@ from .terms import AtTile, folded_scale, keep_fn, logit_fn, Place, terms_of, vis
 _SIDE_BY_SIDE = 32
 
 
+# Those that compute, of a block of threads.
+WARPGROUPS = 2
+
+
 class Blocks(NamedTuple):
     """How a backward kernel is cut: queries of a tile, keys of a product, and how many
     tiles of queries and of gradients of outputs are in flight; and whether gradients of
@@ -69,10 +73,8 @@ class Work:
         dout: jax.Array,
         blocks: Blocks,
         rows: int,
-        parts: int,
     ):
-        """`rows` are the keys of a block of threads; a tile of gradients of queries is
-        added in so many parts."""
+        """`rows` are the keys of a block of threads."""
         operands = (request.query, request.key_, request.value, dout)
         self.q, self.k, self.v, self.dout = map(whole_rows, operands)
         self.request, self.blocks, self.rows = request, blocks, rows
@@ -109,8 +111,8 @@ class Work:
         low = lse * (-LOG2E if folded is None else -1 / folded)
         self.lse, self.delta = padded(low, -jnp.inf), padded(-delta, 0)
         self.dq = jax.new_ref(jnp.zeros(self.q.shape, jnp.float32))
-        # Of each part of a tile of dq, how many were added.
-        counts = (batch, heads, ceil_div(q_len, blocks.query), parts)
+        # Of each warpgroup's part of a tile of dq, how many were added.
+        counts = (batch, heads, ceil_div(q_len, blocks.query), WARPGROUPS)
         self.added = [jax.new_ref(jnp.zeros(counts, jnp.int32))] if blocks.in_order else []
         # A row waits for those before it: few are to be computed at once.
         side_by_side = section(request, _SIDE_BY_SIDE if blocks.in_order else 1)
@@ -125,6 +127,21 @@ class Work:
     def arrays(self) -> list[Any]:
         operands = (self.q, self.k, self.v, self.dout, self.lse, self.delta)
         return [*operands, *self.tiles, *self.terms.arrays, *self.added, self.dq]
+
+    def barriers(self, kv_parts: int, parts: int) -> tuple[Any, ...]:
+        """Of keys and values; then of queries and of gradients of outputs, when they are
+        there, and when they are free. Keys and values are copied in so many parts in all,
+        the others in so many each, and lse or delta."""
+        ready, free = parts + 1, WARPGROUPS
+        stages = (self.blocks.stages, self.blocks.dout_stages)
+        return (
+            plgpu.Barrier(num_arrivals=kv_parts),
+            *(
+                plgpu.Barrier(num_barriers=count, num_arrivals=arrivals)
+                for arrivals in (ready, free)
+                for count in stages
+            ),
+        )
 
     @property
     def out_type(self) -> tuple[Any, ...]:
@@ -149,15 +166,27 @@ class Work:
             n: given[n].at(given[n].load(place, given[n].load(place)), place) for n in use
         }
 
-    def weights(
-        self, at: dict[str, AtTile], product: jax.Array, low: Callable[[], jax.Array]
-    ) -> jax.Array:
+    def begin(self, at: tuple[Any, Any], ready: tuple[Any, Any], accs: Any) -> None:
+        """Waits for a tile's queries and gradients of outputs; the accumulators of the
+        products with them begin with lse and delta, which are `at`. Both before the first
+        product, for which the compiler would wait in between."""
+        for acc, numbers, barrier, folds in zip(accs, at, ready, self.folds, strict=True):
+            plgpu.barrier_wait(barrier)
+            if folds:
+                acc[...] = _columns(numbers, acc.shape)
+
+    def weights(self, at: dict[str, AtTile], product: jax.Array, low: Any) -> jax.Array:
+        """`low` is where lse is."""
         logits = at["logit"](0, product) if "logit" in at else product
         logits = logits * (self.scale * LOG2E)
-        weights = jnp.exp2(logits if self.folds[0] else logits + low())
+        weights = jnp.exp2(
+            logits if self.folds[0] else logits + _columns(low, product.shape)
+        )
         if "visible" in at:
             weights = jnp.where(at["visible"](), weights, 0.0)
-        return jnp.where(low() > -jnp.inf, weights, 0.0) if self.ragged else weights
+        if not self.ragged:
+            return weights
+        return jnp.where(_columns(low, product.shape) > -jnp.inf, weights, 0.0)
 
     def dropped(self, at: dict[str, AtTile], x: jax.Array) -> jax.Array:
         """Dropout of weights, and of their gradients."""
@@ -171,11 +200,13 @@ class Work:
         product: jax.Array,
         weights: jax.Array,
         dweights: jax.Array,
-        delta: Callable[[], jax.Array],
+        delta: Any,
     ) -> jax.Array:
-        """The gradient of the product."""
+        """The gradient of the product. `delta` is where that is."""
         dweights = self.dropped(at, dweights)
-        ds = weights * (dweights if self.folds[1] else dweights + delta())
+        ds = weights * (
+            dweights if self.folds[1] else dweights + _columns(delta, product.shape)
+        )
         if "logit" in at:
             ds = at["logit"](1, product, ds)
         if "visible" in at or self.ragged:
@@ -229,8 +260,10 @@ class Row:
         return head, column * self.work.blocks.query
 
     def copy(self, kv: Any, q: Any, dout: Any) -> None:
-        """Loads all tiles. `kv` is `(k_smem, v_smem, ready)`, the others are
-        `(smem, numbers, ready, free)`, where the numbers are lse or delta."""
+        """What the last warpgroup does: it loads all tiles. `kv` is `(k_smem, v_smem,
+        ready)`, the others are `(smem, numbers, ready, free)`, where the numbers are lse or
+        delta."""
+        plgpu.set_max_registers(24, action="decrease")
         work, refs = self.work, self.refs
         keys = (self.batch, pl.ds(self.k_base, work.rows), self.kv_head)
         _copy_parts(refs.k, keys, kv[0], kv[2])
@@ -317,7 +350,7 @@ def _copy_parts(ref: Any, at: tuple, smem: Any, barrier: Any) -> None:
         plgpu.copy_gmem_to_smem(ref.at[here], smem.at[c], barrier)
 
 
-def columns(ref: Any, shape: tuple[int, int]) -> jax.Array:
+def _columns(ref: Any, shape: Any) -> jax.Array:
     """One number for each query, on a tile."""
     return along(plgpu.load(ref, layout=COLUMN), shape, 1)
 

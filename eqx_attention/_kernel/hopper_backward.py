@@ -14,14 +14,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .._mechanism.base import Request
-from .backward import Blocks, clean, columns, Row, Work
+from .backward import Blocks, clean, Row, WARPGROUPS, Work
 from .hopper import fence, launch, opaque, smem, sync, THREADS
 from .terms import Place
 
 
 _WRITTEN, _DONE = 5, 6
 _CHUNK = 64
-_WARPGROUPS = 2
 
 
 def backward(
@@ -36,12 +35,12 @@ def backward(
     - `dout`: as `out`, in the dtype of the operands.
     """
     head_dim, value_dim = request.query.shape[-1], request.value.shape[-1]
-    rows = blocks.key * _WARPGROUPS
-    work = Work(request, lse, delta, dout, blocks, rows, _WARPGROUPS)
+    rows = blocks.key * WARPGROUPS
+    work = Work(request, lse, delta, dout, blocks, rows)
     block, dtype = blocks.query, request.query.dtype
     stages, dout_stages = blocks.stages, blocks.dout_stages
     chunks, q_chunks = head_dim // _CHUNK, block // _CHUNK
-    assert chunks * q_chunks == _WARPGROUPS, "a part of dq for each warpgroup"
+    assert chunks * q_chunks == WARPGROUPS, "a part of dq for each warpgroup"
     shape = (blocks.key, block)
 
     def kernel(*refs):
@@ -51,7 +50,7 @@ def backward(
         row = Row(work, refs)
         wg = lax.axis_index("warpgroup")
 
-        @pl.when(wg < _WARPGROUPS)
+        @pl.when(wg < WARPGROUPS)
         def _compute():
             plgpu.set_max_registers(240, action="increase")
             k_base = row.k_base + wg * blocks.key
@@ -62,7 +61,7 @@ def backward(
                     clean(k_smem.at[c, own])
                 clean(v_smem.at[0, own])
                 plgpu.commit_smem()
-                sync(_DONE, _WARPGROUPS * THREADS)
+                sync(_DONE, WARPGROUPS * THREADS)
 
             def over_queries(dk_acc, dv_acc):
                 def step(masked, n, turn):
@@ -78,14 +77,8 @@ def backward(
                     low, delta = lse_smem.at[slot], delta_smem.at[dout_slot]
 
                     def of_product(s_acc, dweights_acc):
-                        # Both start before the first product, for which the compiler would
-                        # wait in between.
-                        plgpu.barrier_wait(q_ready.at[slot])
-                        if work.folds[0]:
-                            s_acc[...] = columns(low, shape)
-                        plgpu.barrier_wait(dout_ready.at[dout_slot])
-                        if work.folds[1]:
-                            dweights_acc[...] = columns(delta, shape)
+                        ready = q_ready.at[slot], dout_ready.at[dout_slot]
+                        work.begin((low, delta), ready, (s_acc, dweights_acc))
                         for c in range(chunks):
                             part = pl.ds(c * _CHUNK, _CHUNK)
                             q_part = q_smem.at[slot, 0, :, part]
@@ -95,12 +88,11 @@ def backward(
                         )
                         after = row.take_turn(n, me, 1, turn)
                         product = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
-                        weights = work.weights(at, product, lambda: columns(low, shape))
+                        weights = work.weights(at, product, low)
                         dropped = work.dropped(at, weights).astype(dtype)
                         plgpu.wgmma(dv_acc, dropped, dout_smem.at[dout_slot, 0])
                         dweights = plgpu.wgmma_accumulator_load(dweights_acc, wait_n=1)
-                        minus = lambda: columns(delta, shape)  # noqa: E731
-                        ds = work.ds(at, product, weights, dweights, minus)
+                        ds = work.ds(at, product, weights, dweights, delta)
                         return ds.astype(dtype), after
 
                     tile = plgpu.WGMMAAccumulatorRef(shape, jnp.float32)
@@ -108,7 +100,7 @@ def backward(
                     for c in range(q_chunks):
                         ds_smem[buffer, c, own] = ds[:, c * _CHUNK : (c + 1) * _CHUNK]
                     fence()
-                    sync(_WRITTEN, _WARPGROUPS * THREADS)
+                    sync(_WRITTEN, WARPGROUPS * THREADS)
 
                     def of_tokens(dq_acc):
                         plgpu.wgmma(dq_acc, ds_smem.at[buffer, q_chunk].T, k_smem.at[chunk])
@@ -135,7 +127,7 @@ def backward(
                 plgpu.WGMMAAccumulatorRef((blocks.key, value_dim), jnp.float32),
             )
             # The other warpgroup may still read what this overwrites.
-            sync(_DONE, _WARPGROUPS * THREADS)
+            sync(_DONE, WARPGROUPS * THREADS)
             dk = dk * work.scale
             for c in range(chunks):
                 k_smem[c, own] = dk[:, c * _CHUNK : (c + 1) * _CHUNK].astype(dtype)
@@ -148,9 +140,8 @@ def backward(
             plgpu.copy_smem_to_gmem(v_smem.at[0, own], refs.dv.at[mine])
             plgpu.wait_smem_to_gmem(0)
 
-        @pl.when(wg == _WARPGROUPS)
+        @pl.when(wg == WARPGROUPS)
         def _copy():
-            plgpu.set_max_registers(24, action="decrease")
             row.copy(
                 (k_smem, v_smem, kv_ready),
                 (q_smem, lse_smem, q_ready, q_free),
@@ -161,7 +152,7 @@ def backward(
         kernel,
         "backward",
         work.num_blocks,
-        _WARPGROUPS,
+        WARPGROUPS,
         out_type=work.out_type,
         scratch_types=(
             smem((chunks, rows, _CHUNK), dtype),
@@ -171,12 +162,8 @@ def backward(
             plgpu.SMEM((stages, block), jnp.float32),
             plgpu.SMEM((dout_stages, block), jnp.float32),
             smem((2, q_chunks, rows, _CHUNK), dtype),
-            smem((_WARPGROUPS, _CHUNK, _CHUNK), jnp.float32),
-            plgpu.Barrier(num_arrivals=chunks + 1),
-            plgpu.Barrier(num_barriers=stages, num_arrivals=2),
-            plgpu.Barrier(num_barriers=dout_stages, num_arrivals=2),
-            plgpu.Barrier(num_barriers=stages, num_arrivals=_WARPGROUPS),
-            plgpu.Barrier(num_barriers=dout_stages, num_arrivals=_WARPGROUPS),
+            smem((WARPGROUPS, _CHUNK, _CHUNK), jnp.float32),
+            *work.barriers(chunks + 1, 1),
         ),
     )(*work.arrays)
     return work.gradients(dk, dv)

@@ -13,13 +13,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .._axes import largest_divisor
 from .._mechanism.base import Request
-from .backward import Blocks, clean, columns, Row, Work
+from .backward import Blocks, clean, Row, WARPGROUPS, Work
 from .hopper import fence, launch, opaque, smem, sync, THREADS
 from .terms import Place
 
 
 _WRITTEN, _DONE = 5, 6
-_WARPGROUPS = 2
 # Bytes of a row of shared memory's tiles: those of the queries of a warpgroup.
 _SWIZZLE = 64
 
@@ -35,7 +34,7 @@ def backward(
     """As `hopper_backward.backward`."""
     head_dim, value_dim = request.query.shape[-1], request.value.shape[-1]
     rows = blocks.key
-    work = Work(request, lse, delta, dout, blocks, rows, _WARPGROUPS)
+    work = Work(request, lse, delta, dout, blocks, rows)
     block, dtype = blocks.query, request.query.dtype
     stages, dout_stages = blocks.stages, blocks.dout_stages
     half, v_half = head_dim // 2, value_dim // 2
@@ -50,7 +49,7 @@ def backward(
         row = Row(work, refs)
         wg = lax.axis_index("warpgroup")
 
-        @pl.when(wg < _WARPGROUPS)
+        @pl.when(wg < WARPGROUPS)
         def _compute():
             plgpu.set_max_registers(240, action="increase")
             plgpu.barrier_wait(kv_ready)
@@ -58,7 +57,7 @@ def backward(
                 clean(k_smem.at[wg])
                 clean(v_smem.at[wg])
                 plgpu.commit_smem()
-                sync(_DONE, _WARPGROUPS * THREADS)
+                sync(_DONE, WARPGROUPS * THREADS)
 
             def over_queries(dk_acc, dv_acc):
                 def step(masked, n, turn):
@@ -74,12 +73,8 @@ def backward(
                     low, delta = lse_smem.at[slot, mine], delta_smem.at[dout_slot, mine]
 
                     def of_product(s_acc, dweights_acc):
-                        plgpu.barrier_wait(q_ready.at[slot])
-                        if work.folds[0]:
-                            s_acc[...] = columns(low, shape)
-                        plgpu.barrier_wait(dout_ready.at[dout_slot])
-                        if work.folds[1]:
-                            dweights_acc[...] = columns(delta, shape)
+                        ready = q_ready.at[slot], dout_ready.at[dout_slot]
+                        work.begin((low, delta), ready, (s_acc, dweights_acc))
                         for c in range(2):
                             plgpu.wgmma(s_acc, k_smem.at[c], q_smem.at[slot, c, mine].T)
                         for c in range(2):
@@ -87,19 +82,18 @@ def backward(
                             plgpu.wgmma(dweights_acc, v_smem.at[c], dout_part.T)
                         after = row.take_turn(n, me, half // piece, turn)
                         product = plgpu.wgmma_accumulator_load(s_acc, wait_n=2)
-                        weights = work.weights(at, product, lambda: columns(low, shape))
+                        weights = work.weights(at, product, low)
                         dropped = work.dropped(at, weights).astype(dtype)
                         weights_smem[buffer, :, mine] = dropped
                         dweights = plgpu.wgmma_accumulator_load(dweights_acc, wait_n=0)
-                        minus = lambda: columns(delta, shape)  # noqa: E731
-                        ds = work.ds(at, product, weights, dweights, minus)
+                        ds = work.ds(at, product, weights, dweights, delta)
                         ds_smem[buffer, :, mine] = ds.astype(dtype)
                         return after
 
                     tile = plgpu.WGMMAAccumulatorRef(shape, jnp.float32)
                     after = pl.run_scoped(of_product, tile, tile)
                     fence()
-                    sync(_WRITTEN, _WARPGROUPS * THREADS)
+                    sync(_WRITTEN, WARPGROUPS * THREADS)
                     plgpu.wgmma(
                         dv_acc, weights_smem.at[buffer], dout_smem.at[dout_slot, me]
                     )
@@ -132,7 +126,7 @@ def backward(
                 plgpu.WGMMAAccumulatorRef((blocks.key, v_half), jnp.float32),
             )
             # The other warpgroup may still read what this overwrites.
-            sync(_DONE, _WARPGROUPS * THREADS)
+            sync(_DONE, WARPGROUPS * THREADS)
             k_smem[wg] = (dk * work.scale).astype(dtype)
             v_smem[wg] = dv.astype(dtype)
             plgpu.commit_smem()
@@ -143,9 +137,8 @@ def backward(
             plgpu.copy_smem_to_gmem(v_smem.at[wg], to)
             plgpu.wait_smem_to_gmem(0)
 
-        @pl.when(wg == _WARPGROUPS)
+        @pl.when(wg == WARPGROUPS)
         def _copy():
-            plgpu.set_max_registers(24, action="decrease")
             row.copy(
                 (k_smem, v_smem, kv_ready),
                 (q_smem, lse_smem, q_ready, q_free),
@@ -159,7 +152,7 @@ def backward(
         kernel,
         "backward",
         work.num_blocks,
-        _WARPGROUPS,
+        WARPGROUPS,
         out_type=work.out_type,
         scratch_types=(
             tiled(2, rows, half),
@@ -170,12 +163,8 @@ def backward(
             plgpu.SMEM((dout_stages, block), jnp.float32),
             tiled(2, blocks.key, block),
             tiled(2, blocks.key, block),
-            smem((_WARPGROUPS, block, piece), jnp.float32),
-            plgpu.Barrier(num_arrivals=4),
-            plgpu.Barrier(num_barriers=stages, num_arrivals=3),
-            plgpu.Barrier(num_barriers=dout_stages, num_arrivals=3),
-            plgpu.Barrier(num_barriers=stages, num_arrivals=_WARPGROUPS),
-            plgpu.Barrier(num_barriers=dout_stages, num_arrivals=_WARPGROUPS),
+            smem((WARPGROUPS, block, piece), jnp.float32),
+            *work.barriers(4, 2),
         ),
     )(*work.arrays)
     return work.gradients(dk, dv)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from .._axes import ceil_div
 from .._mask import Full
 from .._mechanism.base import Request
-from . import backward, hopper_backward_wide, hopper_forward
+from . import backward, hopper_backward, hopper_backward_wide, hopper_forward
 
 
 TABLE = pathlib.Path(__file__).parent / "tuning.json"
@@ -24,6 +24,11 @@ class Sizes(NamedTuple):
     head_dim: int
     value_dim: int
     masked: bool
+
+    @property
+    def narrow(self) -> bool:
+        """Whether one warpgroup has the gradients of whole heads in its registers."""
+        return max(self.head_dim, self.value_dim) <= 128
 
 
 def sizes_of(request: Request) -> Sizes:
@@ -56,11 +61,10 @@ def backward_fits(sizes: Sizes, blocks: backward.Blocks) -> bool:
     """Whether there is room for the backward's tiles."""
     both = sizes.head_dim + sizes.value_dim
     queries = blocks.stages * sizes.head_dim + blocks.dout_stages * sizes.value_dim
-    narrow = max(sizes.head_dim, sizes.value_dim) <= 128
-    keys = 2 * blocks.key if narrow else blocks.key
+    keys = 2 * blocks.key if sizes.narrow else blocks.key
     # Weights and gradients of logits, twice; and gradients of queries.
     pairs = 4 * blocks.key * blocks.query
-    piece = 64 if narrow else hopper_backward_wide.piece_of(sizes.head_dim)
+    piece = 64 if sizes.narrow else hopper_backward_wide.piece_of(sizes.head_dim)
     added = 2 * 64 * piece
     shared = 2 * (keys * both + blocks.query * queries + pairs) + 4 * added
     return shared <= _SHARED
@@ -72,6 +76,11 @@ def forward_blocks(sizes: Sizes) -> hopper_forward.Blocks:
         return hopper_forward.Blocks(**found)
     blocks = hopper_forward.Blocks()
     return blocks if forward_fits(sizes, blocks) else blocks._replace(key=64)
+
+
+def backward_kernels(sizes: Sizes) -> Any:
+    """The module that has the backward."""
+    return hopper_backward if sizes.narrow else hopper_backward_wide
 
 
 def backward_blocks(sizes: Sizes, in_order: bool) -> backward.Blocks:

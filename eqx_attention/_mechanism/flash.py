@@ -102,13 +102,10 @@ class Flash(AbstractMechanism):
         dlse: Float[Array, "batch q_len q_heads"] | None,
         wrt: tuple[int, ...],
     ) -> Gradients:
-        from .._kernel import hopper_backward, hopper_backward_wide
-        from .._kernel.tuning import backward_blocks, sizes_of
+        from .._kernel.tuning import backward_blocks, backward_kernels, sizes_of
 
         wide = _padded(seen_queries(request, lse))
         sizes = sizes_of(request)
-        narrow = max(sizes.head_dim, sizes.value_dim) <= 128
-        kernels = hopper_backward if narrow else hopper_backward_wide
         empty = jnp.isneginf(lse)
         dout_ = jnp.where(empty[..., None], 0, dout)
         delta = (dout_.astype(lse.dtype) * out.astype(lse.dtype)).sum(-1)
@@ -117,7 +114,7 @@ class Flash(AbstractMechanism):
         low = jnp.where(empty, jnp.inf, lse)
         dout_ = _wider(dout_.astype(request.query.dtype), wide.value.shape[-1])
         blocks = backward_blocks(sizes, self.reproducible)
-        grads = kernels.backward(wide, low, delta, dout_, blocks)
+        grads = backward_kernels(sizes).backward(wide, low, delta, dout_, blocks)
         inputs = (request.query, request.key_, request.value)
         dq, dk, dv = (
             x[..., : y.shape[-1]].astype(request.result_dtype)
