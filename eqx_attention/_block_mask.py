@@ -136,7 +136,7 @@ class Bound:
             mask, tokens = tree
             return mask.visible(tokens)
 
-        seen = over_batch(of_tile, (mask, tile(q, kv, block)))
+        seen = over_batch(of_tile, (mask, tile(q, kv, None, block)))
         return jnp.broadcast_to(seen, (*seen.shape[:2], *block.sizes[2:]))
 
     def whole(self) -> Bool[Array, "#batch #head query key"]:

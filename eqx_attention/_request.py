@@ -80,6 +80,7 @@ def request_of(call: Call) -> Request:
         drop,
         q,
         kv,
+        None,
     )
     # The gradient starts from the output, and is the better the less that was rounded. Only
     # kernels, which write each result once, do so in the dtype of the query; not where a

@@ -13,13 +13,19 @@ from ._static import AnyArray
 class Tokens(eqx.Module):
     """One side's tokens, in canonical form.
 
-    An index is a token's place in the global array, a position is an integer of its own:
-    by default, the index plus `shift`.
+    An index is a token's place in the global array: by default, its place here. A position
+    is an integer of its own: by default, the index plus `shift`.
     """
 
     position: Int[Array, "batch 1 query key"] | None
     length: int = eqx.field(static=True)
     shift: int = eqx.field(static=True)
+    index: Int[Array, "1 1 query key"] | None = None
+
+    @property
+    def counted(self) -> bool:
+        """Whether all that is known of the tokens is how they are counted."""
+        return self.position is None and self.index is None
 
 
 def query_positions(
@@ -72,19 +78,25 @@ class Bounds(NamedTuple):
     upper: Tile
 
 
-def tile(q: Tokens, kv: Tokens, block: Block) -> Tile:
-    """One tile's tokens; each array has a batch axis in front."""
-    q_index = block.starts[2] + jnp.arange(block.sizes[2], dtype=jnp.int32)
-    kv_index = block.starts[3] + jnp.arange(block.sizes[3], dtype=jnp.int32)
-    head = block.starts[1] + jnp.arange(block.sizes[1], dtype=jnp.int32)
-    q_index = q_index[None, None, :, None]
-    kv_index = kv_index[None, None, None, :]
+def places(block: Block, axis: int) -> Int[Array, "1 head query key"]:
+    """Where the heads (`axis` 1), queries (2) or keys (3) of a tile are in these arrays."""
+    shape = [1, 1, 1, 1]
+    shape[axis] = -1
+    count = jnp.arange(block.sizes[axis], dtype=jnp.int32)
+    return (block.starts[axis] + count).reshape(shape)
+
+
+def tile(q: Tokens, kv: Tokens, head: Array | None, block: Block) -> Tile:
+    """One tile's tokens; each array has a batch axis in front. `head` are the numbers of
+    the heads, if they are not counted from 0."""
+    q_index = places(block, 2) if q.index is None else cut(q.index, block)
+    kv_index = places(block, 3) if kv.index is None else cut(kv.index, block)
     return Tile(
         q_index,
         kv_index,
         q_index + q.shift if q.position is None else cut(q.position, block),
         kv_index + kv.shift if kv.position is None else cut(kv.position, block),
-        head[None, :, None, None],
+        places(block, 1) if head is None else cut(head, block),
     )
 
 
@@ -106,10 +118,14 @@ def starts(length: int, size: int) -> Int[Array, " blocks"]:
 
 
 def _ranges(tokens: Tokens, axis: int, size: int):
-    shape = [1, 1, 1, 1]
-    shape[axis] = -1
-    low = starts(tokens.length, size).reshape(shape)
-    high = low + (size - 1)
+    if tokens.index is None:
+        shape = [1, 1, 1, 1]
+        shape[axis] = -1
+        low = starts(tokens.length, size).reshape(shape)
+        high = low + (size - 1)
+    else:
+        low = blocks(tokens.index, axis, size, jnp.min)
+        high = blocks(tokens.index, axis, size, jnp.max)
     if tokens.position is None:
         return low, high, (low + tokens.shift, high + tokens.shift)
     low_pos = blocks(tokens.position, axis, size, jnp.min)

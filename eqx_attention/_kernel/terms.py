@@ -18,14 +18,17 @@ from .pairwise import Evaluation, Graph, HEAD, KEY, NotElementwise, PAIR, QUERY,
 
 
 def tile_of(pairs: Pairs, q_index, kv_index, head) -> Tile:
-    """One pair's tokens; every array has the axes (head, query, key), of size one."""
+    """One pair's tokens; every array has the axes (head, query, key), of size one. Given
+    are their places in these arrays."""
     q, kv = pairs.q, pairs.kv
+    q_index = q_index if q.index is None else q.index
+    kv_index = kv_index if kv.index is None else kv.index
     return Tile(
         q_index,
         kv_index,
         q_index + q.shift if q.position is None else q.position,
         kv_index + kv.shift if kv.position is None else kv.position,
-        head,
+        head if pairs.head is None else pairs.head,
     )
 
 
@@ -48,7 +51,8 @@ class Input(NamedTuple):
 
 
 class Term:
-    """One elementwise function of pairs: `fn(pairs, tile, logit)`."""
+    """One elementwise function of pairs: `fn(pairs, tile, key, logit)`, where `key` is the
+    place of the key in these arrays."""
 
     def __init__(self, request: Request, fn: Any, block_q: int, block_k: int):
         """`block_q` and `block_k` are the sizes to which arrays are padded.
@@ -67,7 +71,7 @@ class Term:
                 new[n] = x
             tree = jax.tree.unflatten(treedef, new)
             q_index, kv_index, head, *own = xs[-5:]
-            return fn(tree, tile_of(tree, q_index, kv_index, head), *own)
+            return fn(tree, tile_of(tree, q_index, kv_index, head), kv_index, *own)
 
         single = [jax.ShapeDtypeStruct((1, 1, 1, *x.shape[4:]), x.dtype) for x in arrays]
         index = jax.ShapeDtypeStruct((1, 1, 1), jnp.int32)
@@ -227,14 +231,14 @@ def visible_fn(request: Request, block_k: int):
     """Whether a pair is visible, also beyond the end of the keys."""
     kv_len = request.lengths[1]
 
-    def visible(pairs: Pairs, tile: Tile, *_):
+    def visible(pairs: Pairs, tile: Tile, key, *_):
         out = pairs.mask.visible(tile)
-        return out & (tile.kv_index < kv_len) if kv_len % block_k else out
+        return out & (key < kv_len) if kv_len % block_k else out
 
     return visible
 
 
-def logit_fn(pairs: Pairs, tile: Tile, product, cotangent):
+def logit_fn(pairs: Pairs, tile: Tile, key, product, cotangent):
     """The logit of a dot product, and from its cotangent that of the product."""
 
     def logit(product):

@@ -3,7 +3,7 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from .._axes import axes
 from .._dropout import Dropout
@@ -26,6 +26,19 @@ class Pairs(eqx.Module):
     dropout: Dropout | None
     q: Tokens
     kv: Tokens
+    head: Int[Array, "1 head 1 1"] | None = axes("head")
+
+
+class Split(NamedTuple):
+    """The mesh axes, each with its size, over which the tokens of a request are split: the
+    request then is what one device holds of it, inside of a `jax.shard_map`.
+
+    Arrays of `Request.pairs` that have the axis of queries, or of keys, hold those of this
+    device; but those that have both hold this device's queries and the keys of all.
+    """
+
+    query: tuple[tuple[str, int], ...] = ()
+    key: tuple[tuple[str, int], ...] = ()
 
 
 class Request(eqx.Module):
@@ -37,6 +50,7 @@ class Request(eqx.Module):
     - `platform`: `"cpu"`, `"gpu"` or `"tpu"`, where this will run.
     - `result_dtype`: that of the output and of the gradients of `query`, `key_` and
         `value`: the dtype of accumulation where they are only a part of the whole.
+    - `split`: over which mesh axes the tokens are split, if they are.
     """
 
     query: Float[Array, "batch q_len q_heads head_dim"]
@@ -46,6 +60,7 @@ class Request(eqx.Module):
     precision: str | None = eqx.field(static=True)
     platform: str = eqx.field(static=True)
     result_dtype: Any = eqx.field(static=True)
+    split: Split = eqx.field(static=True, default=Split())
 
     @property
     def dtype(self):

@@ -121,9 +121,12 @@ def _pairs_unsupported(request: Request):
                 yield f"it computes no mask {mask}"
     if windows > 1:
         yield "it computes one window only"
-    shifted = pairs.q.position is not None or pairs.kv.position is not None
-    if positional and (shifted or pairs.q.shift or pairs.kv.shift):
+    counted = pairs.q.counted and pairs.kv.counted
+    if positional and (not counted or pairs.q.shift or pairs.kv.shift):
         yield "its masks go by index, not by other positions"
+    elsewhere = pairs.q.index is not None or pairs.kv.index is not None
+    if elsewhere and any(isinstance(m, Padding) for m in _parts(pairs.mask)):
+        yield "its lengths are counted from the first token"
 
 
 def _is_causal(request: Request) -> bool:

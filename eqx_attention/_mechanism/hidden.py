@@ -57,8 +57,8 @@ def seen_queries(request: Request, lse: Array) -> Request:
 def _never_empty(request: Request) -> bool:
     """Whether it is known at trace time that each query sees a key."""
     pairs, (q_len, kv_len) = request.pairs, request.lengths
-    moved = pairs.q.position is not None or pairs.kv.position is not None
-    if moved or pairs.q.shift != pairs.kv.shift:
+    counted = pairs.q.counted and pairs.kv.counted
+    if not counted or pairs.q.shift != pairs.kv.shift:
         return isinstance(pairs.mask, Full)
     parts = pairs.mask.masks if isinstance(pairs.mask, And) else (pairs.mask,)
 

@@ -76,8 +76,7 @@ def band(request: Request, block_q: int) -> Band | None:
     """What a block of so many queries may see, where that is known at trace time."""
     pairs, kv_len = request.pairs, request.key_.shape[1]
     least, most = span(pairs.mask)
-    positions = (pairs.q.position, pairs.kv.position)
-    if math.isinf(most - least) or any(p is not None for p in positions):
+    if math.isinf(most - least) or not (pairs.q.counted and pairs.kv.counted):
         return None
     # Rounded up to whole cache lines, or products take a few percent longer.
     size = ceil_div(max(1, block_q + int(most - least)), 16) * 16

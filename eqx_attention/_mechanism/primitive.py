@@ -185,6 +185,7 @@ def _fold_request(fold, request: Request, axes: Request, whole=frozenset()) -> R
         request.precision,
         request.platform,
         request.result_dtype,
+        request.split,
     )
 
 

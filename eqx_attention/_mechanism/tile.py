@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from .._axes import Block, cut, over_batch
 from .._static import is_array, unwrap
-from .._tokens import tile
+from .._tokens import places, tile
 from .base import Pairs, Request
 
 
@@ -23,24 +23,23 @@ class TileOf:
     def __init__(
         self, request: Request, block: Block, fresh: tuple = (None, None), masked=True
     ):
-        """`fresh` is the first (query index, key index) that no earlier tile holds."""
+        """`fresh` is the first (query, key) that no earlier tile holds."""
         self.request = request
         leaves, self.treedef = jax.tree.flatten(request.pairs)
         self.leaves = [cut(x, block) if is_array(x) else x for x in leaves]
         self.pairs: Pairs = jax.tree.unflatten(self.treedef, self.leaves)
-        self.tokens = tile(self.pairs.q, self.pairs.kv, block)
-        self.visible = self._visible(fresh) if masked else None
+        self.tokens = tile(self.pairs.q, self.pairs.kv, self.pairs.head, block)
+        self.visible = self._visible(fresh, block) if masked else None
 
-    def _visible(self, fresh) -> Bool[Array, "#batch #head #query #key"]:
+    def _visible(self, fresh, block: Block) -> Bool[Array, "#batch #head #query #key"]:
         def of_mask(tree):
             pairs, tokens = tree
             return pairs.mask.visible(tokens)
 
         visible = over_batch(of_mask, (self.pairs, self.tokens))
-        indices = (self.tokens.q_index, self.tokens.kv_index)
-        for index, first in zip(indices, fresh, strict=True):
+        for axis, first in zip((2, 3), fresh, strict=True):
             if first is not None:
-                visible = visible & (index >= first)
+                visible = visible & (places(block, axis) >= first)
         return visible
 
     def logits(self, qk: Array, wrt: tuple[int, ...] = (), leaves=()) -> Array:
