@@ -105,7 +105,7 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
         },
     )
     hides = any(not isinstance(s, ALiBi | SoftCap) for s in request.pairs.score)
-    overlap = blocks.overlap and not (may_mask or hides)
+    overlap = blocks.overlap and not hides
     factor = LOG2E * (1.0 if scale is None else scale)
     shape = (blocks.query, blocks.key)
     order = place_of(batch, heads, rows, section(request) * groups)
@@ -202,56 +202,45 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
                 found = ft.reduce(jnp.add, map(bad, parts))
                 return lax.cond(any_nan(found, _LOOK + wg), replace, lambda: total)
 
-            def in_turn():
-                def step(masked, t, carry):
-                    out, top, total = carry
-                    slot = lax.rem(t, stages)
+            def in_turn(masked, t, carry):
+                """One tile: its logits, softmax and output, one after another, while
+                another warpgroup does the same a little later."""
+                out, top, total = carry
+                slot = lax.rem(t, stages)
 
-                    def product(acc):
-                        plgpu.wgmma(acc, q_smem.at[wg], k_smem.at[slot].T)
-                        give_turn()
-                        loaded = loads(masked, t)
-                        return acc[...], loaded
+                def product(acc):
+                    plgpu.wgmma(acc, q_smem.at[wg], k_smem.at[slot].T)
+                    give_turn()
+                    loaded = loads(masked, t)
+                    return acc[...], loaded
 
-                    accumulator = plgpu.WGMMAAccumulatorRef(shape, jnp.float32)
-                    products, loaded = pl.run_scoped(product, accumulator)
-                    plgpu.barrier_arrive(k_free.at[slot])
-                    weights, top, total, decay = softmax(
-                        masked, products, loaded, top, total
-                    )
-                    out = out * along(decay, out.shape, 0)
-                    # Nothing of the softmax is to wait for the turn at the matrix units.
-                    out, weights, top, total = lax.optimization_barrier(
-                        (out, weights, top, total)
-                    )
-                    total = without_nan(t, masked, weights, total)
-                    take_turn()
-
-                    def attended(acc):
-                        plgpu.wgmma(acc, weights, v_smem.at[slot])
-
-                        @pl.when(t + 1 < some)
-                        def _():
-                            plgpu.barrier_wait(k_ready.at[lax.rem(t + 1, stages)])
-
-                    out = pl.run_state(attended)(plgpu.WGMMAAccumulatorRef.init(out))
-                    plgpu.barrier_arrive(v_free.at[slot])
-                    return out, top, total
-
-                plgpu.barrier_wait(k_ready.at[0])
-                pl.when(wg > 0)(take_turn)
-                carry = (
-                    full((blocks.query, value_dim), 0.0, TILE),
-                    full((blocks.query,), -jnp.inf, ROW),
-                    full((blocks.query,), 0.0, ROW),
+                accumulator = plgpu.WGMMAAccumulatorRef(shape, jnp.float32)
+                products, loaded = pl.run_scoped(product, accumulator)
+                plgpu.barrier_arrive(k_free.at[slot])
+                weights, top, total, decay = softmax(masked, products, loaded, top, total)
+                out = out * along(decay, out.shape, 0)
+                # Nothing of the softmax is to wait for the turn at the matrix units.
+                out, weights, top, total = lax.optimization_barrier(
+                    (out, weights, top, total)
                 )
-                carry = lax.fori_loop(0, whole, ft.partial(step, False), carry)
-                if may_mask:
-                    carry = lax.fori_loop(whole, some, ft.partial(step, True), carry)
-                pl.when(wg < warpgroups - 1)(give_turn)
-                return carry
+                total = without_nan(t, masked, weights, total)
+                take_turn()
+
+                def attended(acc):
+                    plgpu.wgmma(acc, weights, v_smem.at[slot])
+                    pl.when(t + 1 < some)(ft.partial(await_key, t + 1))
+
+                out = pl.run_state(attended)(plgpu.WGMMAAccumulatorRef.init(out))
+                plgpu.barrier_arrive(v_free.at[slot])
+                return out, top, total
+
+            def await_key(t):
+                plgpu.barrier_wait(k_ready.at[lax.rem(t, stages)])
 
             def overlapped(out_acc):
+                """All FULL tiles, of which there is one: the softmax of each, while the one
+                before it is attended to."""
+
                 def first(acc):
                     plgpu.wgmma(acc, q_smem.at[wg], k_smem.at[0].T)
                     loaded = loads(False, 0)
@@ -262,7 +251,7 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
                     slot, before = lax.rem(t, stages), lax.rem(t - 1, stages)
 
                     def products(acc):
-                        plgpu.barrier_wait(k_ready.at[slot])
+                        await_key(t)
                         take_turn()
                         plgpu.wgmma(acc, q_smem.at[wg], k_smem.at[slot].T)
                         plgpu.barrier_wait(v_ready.at[before])
@@ -271,7 +260,6 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
                         loaded = loads(False, t)
                         products = plgpu.wgmma_accumulator_load(acc, wait_n=1)
                         plgpu.barrier_arrive(k_free.at[slot])
-                        # The softmax of this tile, while the one before it is attended to.
                         return softmax(False, products, loaded, top, total)
 
                     accumulator = plgpu.WGMMAAccumulatorRef(shape, jnp.float32)
@@ -284,28 +272,44 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
                     out_acc[...] = out * along(decay, out.shape, 0)
                     return new, top, total
 
-                plgpu.barrier_wait(k_ready.at[0])
+                await_key(0)
                 products, loaded = pl.run_scoped(
                     first, plgpu.WGMMAAccumulatorRef(shape, jnp.float32)
                 )
                 plgpu.barrier_arrive(k_free.at[0])
-                top = full((blocks.query,), -jnp.inf, ROW)
-                total = full((blocks.query,), 0.0, ROW)
-                *carry, _ = softmax(False, products, loaded, top, total)
-                pl.when(wg == warpgroups - 1)(give_turn)
-                weights, top, total = lax.fori_loop(1, some, step, tuple(carry))
-                last = lax.rem(some - 1, stages)
+                *carry, _ = softmax(False, products, loaded, *empty[1:])
+                weights, top, total = lax.fori_loop(1, whole, step, tuple(carry))
+                last = lax.rem(whole - 1, stages)
                 plgpu.barrier_wait(v_ready.at[last])
                 plgpu.wgmma(out_acc, weights, v_smem.at[last])
-                return out_acc[...], top, total
+                out = out_acc[...]
+                plgpu.barrier_arrive(v_free.at[last])
+                return out, top, total
 
+            empty = (
+                full((blocks.query, value_dim), 0.0, TILE),
+                full((blocks.query,), -jnp.inf, ROW),
+                full((blocks.query,), 0.0, ROW),
+            )
             plgpu.barrier_wait(q_ready.at[wg])
+            # The first turn is that of the first warpgroup.
+            pl.when(wg == warpgroups - 1)(give_turn)
             if overlap:
-                whole_out = (blocks.query, value_dim)
-                accumulator = plgpu.WGMMAAccumulatorRef(whole_out, jnp.float32)
-                out, top, total = pl.run_scoped(overlapped, accumulator)
+                accumulator = plgpu.WGMMAAccumulatorRef(empty[0].shape, jnp.float32)
+                attend = ft.partial(pl.run_scoped, overlapped, accumulator)
+                carry = (
+                    attend() if not may_mask else lax.cond(whole > 0, attend, lambda: empty)
+                )
+                pl.when(whole < some)(ft.partial(await_key, whole))
+                take_turn()
             else:
-                out, top, total = in_turn()
+                await_key(0)
+                take_turn()
+                carry = lax.fori_loop(0, whole, ft.partial(in_turn, False), empty)
+            if may_mask:
+                carry = lax.fori_loop(whole, some, ft.partial(in_turn, True), carry)
+            pl.when(wg < warpgroups - 1)(give_turn)
+            out, top, total = carry
             lse = jnp.where(total == 0, -jnp.inf, (top + jnp.log2(total)) * (1 / LOG2E))
             kept = 1 - request.pairs.dropout.rate if request.pairs.dropout else 1.0
             inverse = 1 / (jnp.where(total == 0, 1.0, total) * kept)
