@@ -19,6 +19,14 @@ def compute_capability() -> tuple[int, int]:
     return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else (0, 0)
 
 
+def num_multiprocessors() -> int:
+    """Of the first GPU; where there is none, and kernels are only lowered, of an H200."""
+    try:
+        return jax.devices("gpu")[0].core_count
+    except RuntimeError:
+        return 132
+
+
 def wider_than_16_bits(*arrays: Any) -> tuple[str, ...]:
     """Why kernels for the matrix units refuse the dtypes of operands, if they do."""
     dtypes = {x.dtype.name for x in arrays}

@@ -3,9 +3,10 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import pytest
 from eqx_attention import tune
-from eqx_attention._kernel import tuning
+from eqx_attention._kernel import schedule, tuning
 from eqx_attention._mechanism import measured
 
 
@@ -42,12 +43,16 @@ def test_tuning_writes_the_fastest(tmp_path, monkeypatch, capsys):
     """With times that are made up: the more keys in flight, the faster."""
 
     def calls(request, dout, sizes):
-        for which, tried in tune.candidates(sizes).items():
-            for blocks in tried:
-                yield which, blocks, lambda stages=blocks.stages: stages
+        return {
+            which: {blocks: lambda stages=blocks.stages: stages for blocks in tried}
+            for which, tried in tune.candidates(sizes).items()
+        }
+
+    def milliseconds(calls):
+        return {blocks: 10.0 - call() for blocks, call in calls.items()}
 
     monkeypatch.setattr(tune, "calls", calls)
-    monkeypatch.setattr(tune, "milliseconds", lambda call: 10.0 - call())
+    monkeypatch.setattr(tune, "milliseconds", milliseconds)
     monkeypatch.setattr(tune, "SHAPES", SHAPES)
     monkeypatch.setattr(tune, "compute_capability", lambda: (9, 0))
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
@@ -97,3 +102,11 @@ def test_the_faster_mechanism():
     name, why = measured.faster(request)
     assert ms[name] == min(ms.values())
     assert f"{min(ms.values()):.2f} ms" in why and f"{max(ms.values()):.2f}" in why
+
+
+def test_pieces_go_to_the_first_that_is_free():
+    costs = jnp.asarray([5, 4, 3, 3, 2, 2, 1])
+    found = schedule._in_turn(costs.tolist(), 3)
+    table = [found.pieces[n, :count].tolist() for n, count in enumerate(found.counts)]
+    assert table == [[0, 5], [1, 4, 6], [2, 3]]
+    assert schedule._in_turn([1, 1], 3).pieces.tolist() == [[0], [1]]

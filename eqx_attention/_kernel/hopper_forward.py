@@ -2,7 +2,9 @@
 
 A block of threads has one warpgroup that copies keys and values into shared memory, and
 two or three that compute, each on 64 queries. They take turns: while one of them has the
-matrix units, another computes its softmax.
+matrix units, another computes its softmax. Where there is room for the output beside them,
+a block stays for several rows of tiles: the keys of the next row are copied, and its
+queries, before the output of the last one is written.
 
 ??? cite
 
@@ -27,18 +29,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .._axes import ceil_div
 from .._mechanism.base import Request
 from .._score import ALiBi, SoftCap
+from .hidden_values import replace_nan
 from .hopper import (
     along,
-    any_nan,
     arrive,
-    COLUMN,
-    fence,
     full,
     launch,
     LOG2E,
@@ -49,17 +50,17 @@ from .hopper import (
     TILE,
     whole_rows,
 )
-from .schedule import place_of, section
+from .schedule import in_turn, place_of, Schedule, section
 from .tables import never_masked, table
 from .terms import folded_scale, keep_fn, logit_fn, Place, terms_of, visible_fn
 
 
 # Of the 16 named barriers of a block, Mosaic GPU uses the first ones.
-_TURN, _DONE, _LOOKED, _LOOK = 5, 8, 9, 10
+_TURN, _DONE = 5, 8
 
 
-# So many keys does a warpgroup look at, at a time.
-_PART = 64
+# What it takes to start a row, in tiles; and bytes of shared memory that tiles may take.
+_START, _SHARED = 2, 225 * 1024
 
 
 class Blocks(NamedTuple):
@@ -109,34 +110,54 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
     factor = LOG2E * (1.0 if scale is None else scale)
     shape = (blocks.query, blocks.key)
     order = place_of(batch, heads, rows, section(request) * groups)
+    operands, stays = _operands(request, blocks, head_dim, value_dim)
+
+    def place(n):
+        """`(batch, head, key head, row of tiles)` of the n-th row of all."""
+        b, h, i = order(n)
+        # The last rows come first: under a causal mask, they are the longest.
+        return b, h, lax.div(h, groups) if groups > 1 else h, rows - 1 - i
+
+    def cost(n):
+        b, _, kv_head, i = place(n)
+        return tiles.some[tiles.at(b, kv_head, i)] + _START
+
+    schedule = Schedule(batch * heads * rows)
+    if stays and not isinstance(tiles.some, Tracer):
+        schedule = in_turn(schedule.programs, cost)
+    turns = schedule.arrays
 
     def kernel(q_ref, k_ref, v_ref, columns_ref, full_ref, some_ref, *refs):
+        turn_refs, refs = refs[: len(turns)], refs[len(turns) :]
         *inputs, out_ref, lse_ref = refs[: terms.count + 2]
-        ((q_smem, k_smem), (out_smem,)), v_smem, lse_smem, bad_smem, *barriers = refs[
-            terms.count + 2 :
-        ]
+        operands, v_smem, lse_smem, bad_smem, *barriers = refs[terms.count + 2 :]
+        (q_smem, k_smem), (out_smem,) = operands
         q_ready, k_ready, v_ready, k_free, v_free = barriers
-        # The last rows come first: under a causal mask, they are the longest.
-        b, h, i = order(lax.axis_index("block"))
-        i = rows - 1 - i
-        kv_head = lax.div(h, groups) if groups > 1 else h
-        wg = lax.axis_index("warpgroup")
-        row = tiles.at(b, kv_head, i)
-        whole, some = full_ref[row], some_ref[row]
+        wg, count = lax.axis_index("warpgroup"), schedule.count(turn_refs)
+
+        def work(n):
+            return place(schedule.piece(turn_refs, n))
 
         def give_turn():
-            after = lax.rem(wg + 1, warpgroups)
-            arrive(_TURN + after, 2 * THREADS)
+            arrive(_TURN + lax.rem(wg + 1, warpgroups), 2 * THREADS)
 
         def take_turn():
             sync(_TURN + wg, 2 * THREADS)
 
-        @pl.when(wg < warpgroups)
-        def _compute():
-            plgpu.set_max_registers(240 if warpgroups == 2 else 160, action="increase")
+        def mine(i):
+            return pl.ds(i * blocks.rows + wg * blocks.query, blocks.query)
+
+        def fetch_queries(n):
+            b, h, _, i = work(n)
+            source = q_ref.at[b, mine(i), h]
+            plgpu.copy_gmem_to_smem(source, q_smem.at[wg], q_ready.at[wg])
+
+        def compute(n, done):
+            """The row of tiles of one round; `done` is how many tiles were before it."""
+            b, h, kv_head, i = work(n)
+            row = tiles.at(b, kv_head, i)
+            whole, some = full_ref[row], some_ref[row]
             q_base = i * blocks.rows + wg * blocks.query
-            mine = pl.ds(q_base, blocks.query)
-            plgpu.copy_gmem_to_smem(q_ref.at[b, mine, h], q_smem.at[wg], q_ready.at[wg])
             given = terms.given(inputs)
             place = Place(b, h, q_base, 0, shape)
             held = {name: term.load(place) for name, term in given.items()}
@@ -168,45 +189,11 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
                     weights = jnp.where(at["keep"](), weights, 0.0)
                 return weights.astype(dtype), new, total, decay
 
-            def without_nan(t, masked, weights, total):
-                """Waits for the values of a tile. Those that are hidden may hold NaN, of
-                which 0 times is NaN: they become 0, and the sum of a row that does see
-                one NaN."""
-                slot = lax.rem(t, stages)
-                plgpu.barrier_wait(v_ready.at[slot])
-                if not (masked or hides):
-                    return total
-
-                def bad(rows):
-                    return (v_smem[slot, rows].astype(jnp.float32) * 0.0).sum(axis=1)
-
-                def replace():
-                    # All have looked, and have read what was found in the last tile.
-                    sync(_LOOKED, warpgroups * THREADS)
-
-                    @pl.when(wg < blocks.key // _PART)
-                    def _():
-                        own = pl.ds(wg * _PART, _PART)
-                        bad_smem[own] = bad(own)
-                        x = v_smem[slot, own]
-                        finite = jnp.abs(x.astype(jnp.float32)) < jnp.inf
-                        v_smem[slot, own] = jnp.where(finite, x, jnp.zeros_like(x))
-
-                    fence()
-                    sync(_LOOKED, warpgroups * THREADS)
-                    found = along(plgpu.load(bad_smem, layout=COLUMN), shape, 1)
-                    seen = weights.astype(jnp.float32) > 0
-                    return total + jnp.where(seen, found, 0.0).sum(axis=1)
-
-                parts = [pl.ds(n, _PART) for n in range(0, blocks.key, _PART)]
-                found = ft.reduce(jnp.add, map(bad, parts))
-                return lax.cond(any_nan(found, _LOOK + wg), replace, lambda: total)
-
-            def in_turn(masked, t, carry):
+            def one_by_one(masked, t, carry):
                 """One tile: its logits, softmax and output, one after another, while
                 another warpgroup does the same a little later."""
                 out, top, total = carry
-                slot = lax.rem(t, stages)
+                slot = slot_of(t)
 
                 def product(acc):
                     plgpu.wgmma(acc, q_smem.at[wg], k_smem.at[slot].T)
@@ -223,7 +210,10 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
                 out, weights, top, total = lax.optimization_barrier(
                     (out, weights, top, total)
                 )
-                total = without_nan(t, masked, weights, total)
+                plgpu.barrier_wait(v_ready.at[slot])
+                if masked or hides:
+                    args = (v_smem.at[slot], bad_smem, weights, total, warpgroups)
+                    total = replace_nan(*args)
                 take_turn()
 
                 def attended(acc):
@@ -234,21 +224,24 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
                 plgpu.barrier_arrive(v_free.at[slot])
                 return out, top, total
 
+            def slot_of(t):
+                return lax.rem(done + t, stages)
+
             def await_key(t):
-                plgpu.barrier_wait(k_ready.at[lax.rem(t, stages)])
+                plgpu.barrier_wait(k_ready.at[slot_of(t)])
 
             def overlapped(out_acc):
                 """All FULL tiles, of which there is one: the softmax of each, while the one
                 before it is attended to."""
 
                 def first(acc):
-                    plgpu.wgmma(acc, q_smem.at[wg], k_smem.at[0].T)
+                    plgpu.wgmma(acc, q_smem.at[wg], k_smem.at[slot_of(0)].T)
                     loaded = loads(False, 0)
                     return acc[...], loaded
 
                 def step(t, carry):
                     weights, top, total = carry
-                    slot, before = lax.rem(t, stages), lax.rem(t - 1, stages)
+                    slot, before = slot_of(t), slot_of(t - 1)
 
                     def products(acc):
                         await_key(t)
@@ -276,10 +269,10 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
                 products, loaded = pl.run_scoped(
                     first, plgpu.WGMMAAccumulatorRef(shape, jnp.float32)
                 )
-                plgpu.barrier_arrive(k_free.at[0])
+                plgpu.barrier_arrive(k_free.at[slot_of(0)])
                 *carry, _ = softmax(False, products, loaded, *empty[1:])
                 weights, top, total = lax.fori_loop(1, whole, step, tuple(carry))
-                last = lax.rem(whole - 1, stages)
+                last = slot_of(whole - 1)
                 plgpu.barrier_wait(v_ready.at[last])
                 plgpu.wgmma(out_acc, weights, v_smem.at[last])
                 out = out_acc[...]
@@ -292,46 +285,57 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
                 full((blocks.query,), 0.0, ROW),
             )
             plgpu.barrier_wait(q_ready.at[wg])
-            # The first turn is that of the first warpgroup.
-            pl.when(wg == warpgroups - 1)(give_turn)
             if overlap:
                 accumulator = plgpu.WGMMAAccumulatorRef(empty[0].shape, jnp.float32)
                 attend = ft.partial(pl.run_scoped, overlapped, accumulator)
-                carry = (
-                    attend() if not may_mask else lax.cond(whole > 0, attend, lambda: empty)
-                )
+                carry = lax.cond(whole > 0, attend, lambda: empty) if may_mask else attend()
                 pl.when(whole < some)(ft.partial(await_key, whole))
                 take_turn()
             else:
                 await_key(0)
                 take_turn()
-                carry = lax.fori_loop(0, whole, ft.partial(in_turn, False), empty)
+                carry = lax.fori_loop(0, whole, ft.partial(one_by_one, False), empty)
             if may_mask:
-                carry = lax.fori_loop(whole, some, ft.partial(in_turn, True), carry)
-            pl.when(wg < warpgroups - 1)(give_turn)
+                carry = lax.fori_loop(whole, some, ft.partial(one_by_one, True), carry)
+            more = n + 1 < count
+            pl.when((wg < warpgroups - 1) | more)(give_turn)
+            pl.when(more)(ft.partial(fetch_queries, n + 1))
             out, top, total = carry
             lse = jnp.where(total == 0, -jnp.inf, (top + jnp.log2(total)) * (1 / LOG2E))
             kept = 1 - request.pairs.dropout.rate if request.pairs.dropout else 1.0
             inverse = 1 / (jnp.where(total == 0, 1.0, total) * kept)
-            # The other warpgroup may still read what this overwrites.
-            sync(_DONE, warpgroups * THREADS)
-            out_smem[wg] = (out * along(inverse, out.shape, 0)).astype(request.result_dtype)
+            out = (out * along(inverse, out.shape, 0)).astype(request.result_dtype)
+            if stays:
+                plgpu.wait_smem_to_gmem(0)  # that of the round before
+            else:
+                # The other warpgroup may still read what this overwrites.
+                sync(_DONE, warpgroups * THREADS)
+            out_smem[wg] = out
             lse_smem[wg] = lse
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out_smem.at[wg], out_ref.at[b, mine, h])
-            plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[b, h, mine])
+            plgpu.copy_smem_to_gmem(out_smem.at[wg], out_ref.at[b, mine(i), h])
+            plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[b, h, mine(i)])
+            return done + some
+
+        @pl.when(wg < warpgroups)
+        def _compute():
+            plgpu.set_max_registers(240 if warpgroups == 2 else 160, action="increase")
+            fetch_queries(jnp.int32(0))
+            # The first turn is that of the first warpgroup.
+            pl.when(wg == warpgroups - 1)(give_turn)
+            lax.fori_loop(0, count, compute, 0)
             plgpu.wait_smem_to_gmem(0)
 
-        @pl.when(wg == warpgroups)
-        def _copy():
-            plgpu.set_max_registers(24 if warpgroups == 2 else 32, action="decrease")
+        def copy(n, done):
+            b, _, kv_head, i = work(n)
+            row = tiles.at(b, kv_head, i)
 
             def load(t, _):
-                slot = lax.rem(t, stages)
+                slot = lax.rem(done + t, stages)
                 keys = (b, pl.ds(columns_ref[(*row, t)] * blocks.key, blocks.key), kv_head)
 
                 def one(ref, smem, ready, free):
-                    @pl.when(t >= stages)
+                    @pl.when(done + t >= stages)
                     def _():
                         plgpu.barrier_wait(free.at[slot])
 
@@ -340,27 +344,28 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
                 one(k_ref, k_smem, k_ready, k_free)
                 one(v_ref, v_smem, v_ready, v_free)
 
+            some = some_ref[row]
             lax.fori_loop(0, some, load, None)
+            return done + some
+
+        @pl.when(wg == warpgroups)
+        def _copy():
+            plgpu.set_max_registers(24 if warpgroups == 2 else 32, action="decrease")
+            lax.fori_loop(0, count, copy, 0)
 
     free = plgpu.Barrier(num_barriers=stages, num_arrivals=warpgroups)
     ready = plgpu.Barrier(num_barriers=stages)
     out, lse = launch(
         kernel,
         "forward",
-        batch * heads * rows,
+        schedule.programs,
         warpgroups,
         out_type=(
             jax.ShapeDtypeStruct((*q.shape[:3], value_dim), request.result_dtype),
             jax.ShapeDtypeStruct((batch, heads, rows * blocks.rows), jnp.float32),
         ),
         scratch_types=(
-            plgpu.RefUnion(
-                (
-                    smem((warpgroups, blocks.query, head_dim), dtype),
-                    smem((stages, blocks.key, head_dim), dtype),
-                ),
-                (smem((warpgroups, blocks.query, value_dim), request.result_dtype),),
-            ),
+            operands,
             smem((stages, blocks.key, value_dim), dtype),
             plgpu.SMEM((warpgroups, blocks.query), jnp.float32),
             plgpu.SMEM((blocks.key,), jnp.float32),
@@ -370,5 +375,25 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
             free,
             free,
         ),
-    )(q, k, v, *tiles[:3], *terms.arrays)
+    )(q, k, v, *tiles[:3], *turns, *terms.arrays)
     return out[:, :q_len], lse[..., :q_len].swapaxes(1, 2)
+
+
+def _operands(request: Request, blocks: Blocks, head_dim: int, value_dim: int):
+    """Shared memory for `((queries, keys), (output,))`, and whether there is room for all
+    of it: if not, the output takes the place of the others."""
+    dtype, result = request.query.dtype, request.result_dtype
+    queries = (blocks.warpgroups, blocks.query)
+    parts = (
+        (
+            smem((*queries, head_dim), dtype),
+            smem((blocks.stages, blocks.key, head_dim), dtype),
+        ),
+        (smem((*queries, value_dim), result),),
+    )
+    keys = blocks.stages * blocks.key * (head_dim + value_dim)
+    size = (blocks.rows * head_dim + keys) * dtype.itemsize
+    size += blocks.rows * value_dim * jnp.dtype(result).itemsize
+    if size > _SHARED:
+        return plgpu.RefUnion(*parts), False
+    return parts, True

@@ -1,11 +1,16 @@
 """In which order the blocks of threads of a kernel are computed."""
 
-from collections.abc import Callable
+import heapq
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from .._axes import largest_divisor
+from .._device import num_multiprocessors
 from .._mechanism.base import Request
 
 
@@ -33,3 +38,53 @@ def place_of(
         return lax.div(head, heads), lax.rem(head, heads), lax.div(inner, section)
 
     return place
+
+
+class Schedule(NamedTuple):
+    """Which pieces of work each block of threads does, one after another.
+
+    `pieces` are their numbers, `(programs, most pieces)`, and `counts` how many of them
+    there are; `None` if each block does the one of its own number.
+    """
+
+    programs: int
+    pieces: np.ndarray | None = None
+    counts: np.ndarray | None = None
+
+    @property
+    def arrays(self) -> list[jax.Array]:
+        """What a kernel is given, if anything."""
+        return [jnp.asarray(x) for x in self[1:] if x is not None]
+
+    @staticmethod
+    def piece(refs: Sequence[Any], n: Any) -> Any:
+        """In the kernel: the n-th piece of this block."""
+        block = lax.axis_index("block")
+        return refs[0][block, n] if refs else block
+
+    @staticmethod
+    def count(refs: Sequence[Any]) -> Any:
+        """In the kernel: how many pieces this block does."""
+        return refs[1][lax.axis_index("block")] if refs else 1
+
+
+def in_turn(pieces: int, cost: Callable[[jax.Array], jax.Array]) -> Schedule:
+    """One block of threads a multiprocessor, and each piece, in order, goes to the block
+    that is the first to be free. `cost` is a function of the numbers of pieces."""
+    with jax.ensure_compile_time_eval():
+        costs = cost(jnp.arange(pieces)).tolist()
+    return _in_turn(costs, num_multiprocessors())
+
+
+def _in_turn(costs: Sequence[int], programs: int) -> Schedule:
+    free = [(0, program) for program in range(min(programs, len(costs)))]
+    pieces: list[list[int]] = [[] for _ in free]
+    for n, cost in enumerate(costs):
+        since, program = free[0]
+        pieces[program].append(n)
+        heapq.heapreplace(free, (since + cost, program))
+    counts = np.array([len(own) for own in pieces], np.int32)
+    table = np.zeros((len(pieces), counts.max()), np.int32)
+    for program, own in enumerate(pieces):
+        table[program, : len(own)] = own
+    return Schedule(len(pieces), table, counts)

@@ -9,6 +9,7 @@ from .._axes import ceil_div
 from .._mask import Full
 from .._mechanism.base import Request
 from . import backward, hopper_backward, hopper_backward_wide, hopper_forward
+from .hidden_values import PART
 
 
 TABLE = pathlib.Path(__file__).parent / "tuning.json"
@@ -54,7 +55,8 @@ def forward_fits(sizes: Sizes, blocks: hopper_forward.Blocks) -> bool:
     shared = 2 * (blocks.rows * sizes.head_dim + blocks.stages * blocks.key * both)
     # The logits, the output and the weights, of 64 queries in 128 threads.
     registers = blocks.key // 2 + sizes.value_dim // 2 + blocks.key // 4
-    return shared <= _SHARED and registers <= _REGISTERS[blocks.warpgroups]
+    room = shared <= _SHARED and registers <= _REGISTERS[blocks.warpgroups]
+    return room and blocks.key <= PART * blocks.warpgroups
 
 
 def backward_fits(sizes: Sizes, blocks: backward.Blocks) -> bool:
