@@ -68,7 +68,8 @@ def backward_fits(sizes: Sizes, blocks: backward.Blocks) -> bool:
     pairs = 4 * blocks.key * blocks.query
     piece = 64 if sizes.narrow else hopper_backward_wide.piece_of(sizes.head_dim)
     added = 2 * 64 * piece
-    shared = 2 * (keys * both + blocks.query * queries + pairs) + 4 * added
+    numbers = blocks.query * (blocks.stages + blocks.dout_stages)
+    shared = 2 * (keys * both + blocks.query * queries + pairs) + 4 * (added + numbers)
     return shared <= _SHARED
 
 
