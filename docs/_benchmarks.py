@@ -1,6 +1,6 @@
 """Prints the tables of what was timed on a GPU, from the results that are committed.
 
-`_hooks.py` puts them where `benchmarks.md` has `<!-- gpu -->` and `<!-- gpu peers -->`.
+`_hooks.py` puts them where `benchmarks.md` has `<!-- gpu -->`.
 """
 
 import json
@@ -83,8 +83,8 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def markdown_of_results(name: str = "gpu.json") -> str:
-    return markdown(json.loads((_RESULTS / name).read_text()))
+def markdown_of_results() -> str:
+    return markdown(json.loads((_RESULTS / "gpu.json").read_text()))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """What mkdocs runs while it builds the documentation."""
 
-import functools as ft
 import os
 import pathlib
 import runpy
@@ -26,17 +25,14 @@ def _features() -> str:
     return done.stdout
 
 
-def _gpu(name: str) -> str:
+def _gpu() -> str:
     script = pathlib.Path(__file__).with_name("_benchmarks.py")
-    return runpy.run_path(str(script))["markdown_of_results"](name)
+    return runpy.run_path(str(script))["markdown_of_results"]()
 
 
 _GENERATED = {
     "features.md": {"<!-- features -->": _features},
-    "benchmarks.md": {
-        "<!-- gpu -->": ft.partial(_gpu, "gpu.json"),
-        "<!-- gpu peers -->": ft.partial(_gpu, "gpu_peers.json"),
-    },
+    "benchmarks.md": {"<!-- gpu -->": _gpu},
 }
 
 
