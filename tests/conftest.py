@@ -6,21 +6,15 @@ import pathlib
 import sys
 
 
-# A process of pytest-xdist has not the command line of the one that started it, but it
-# has its environment.
-if "--quick" in sys.argv:
-    os.environ["EQX_ATTENTION_TESTS_QUICK"] = "1"
-_flags = [
-    os.environ.get("XLA_FLAGS", ""),
-    "--xla_force_host_platform_device_count=8",
-]
-if os.environ.get("EQX_ATTENTION_TESTS_QUICK"):
-    # It is the interfaces of another jax that the quick run looks at, not its numbers, and
-    # this compiles twice as fast.
-    _flags += ["--xla_backend_optimization_level=0"]
-# Before jax is imported, which is when it reads them. Each flag once, although a process of
-# pytest-xdist comes here with those of the one that started it.
-os.environ["XLA_FLAGS"] = " ".join(dict.fromkeys(" ".join(_flags).split()))
+# Before jax is imported, which is when it reads them. A process of pytest-xdist has not the
+# command line of the one that started it, but it has its environment.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _flags = os.environ.get("XLA_FLAGS", "").split()
+    _flags += ["--xla_force_host_platform_device_count=8"]
+    if "--thorough" not in sys.argv:
+        # Most of what is computed here is computed once: this compiles twice as fast.
+        _flags += ["--xla_backend_optimization_level=0"]
+    os.environ["XLA_FLAGS"] = " ".join(_flags)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
 
