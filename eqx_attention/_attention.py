@@ -6,11 +6,20 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from beartype import beartype as typechecker
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Bool, Float, Int, jaxtyped, PRNGKeyArray
 
 from ._config import AttentionConfig
+from ._distributed import (
+    as_sharding,
+    attention_over,
+    local_request,
+    MECHANISMS,
+    Sharding,
+    shards_of,
+)
 from ._mask import AbstractMask, Full
-from ._mechanism import AbstractMechanism, attention, Vanilla
+from ._mechanism import AbstractMechanism, attention, Request, Vanilla
 from ._options import (
     as_dropout,
     as_dtype,
@@ -23,11 +32,10 @@ from ._options import (
     check_operands,
     check_options,
     check_positions,
-    check_unsharded,
-    MECHANISMS,
     platform_of,
 )
-from ._request import Call, check_supported, request_of, with_sinks
+from ._partial import with_sinks
+from ._request import Call, check_supported, request_of
 from ._score import AbstractScore
 from ._static import pdoc, Static, unwrap
 
@@ -41,6 +49,7 @@ _Sinks = Float[Array, " q_heads"] | None
 _Scale = None | float | int | np.generic | Float[Array, "..."]
 _QPositions = str | Int[Array, "..."] | Int[np.ndarray, "..."]
 _KVPositions = None | Int[Array, "..."] | Int[np.ndarray, "..."]
+_Mesh = Mesh | AbstractMesh | None
 _Out = Float[Array, "*batch q_len q_heads value_dim"]
 _Lse = Float[Array, "*batch q_len q_heads"]
 # Which of the two is a matter of `return_lse`; checked when called, free to a type checker.
@@ -67,8 +76,8 @@ def attend(
     kv_positions: _KVPositions = None,
     precision: Any = None,
     mechanism: str | AbstractMechanism = "auto",
-    sharding: Any = None,
-    mesh: Any = None,
+    sharding: Sharding | None = None,
+    mesh: _Mesh = None,
     return_lse: bool = False,
 ) -> _Result:
     r"""Scaled dot-product attention.
@@ -104,7 +113,10 @@ def attend(
         that of JAX.
     - `mechanism`: `"auto"`, `"flash"`, `"cudnn"`, `"blockwise"`, `"vanilla"`, or an
         [`eqx_attention.AbstractMechanism`][].
-    - `sharding`, `mesh`: must be `None` in this version.
+    - `sharding`: an [`eqx_attention.Sharding`][], which says which axes of a mesh split
+        the batch, the heads and the tokens. Default: nothing is split.
+    - `mesh`: the mesh of the sharding, a `jax.sharding.Mesh`. Default: the ambient one, as
+        set by `jax.set_mesh`.
     - `return_lse`: whether to return the log-sum-exp too.
 
     **Returns:**
@@ -116,7 +128,6 @@ def attend(
     **Raises:** `TypeError` for a wrong rank, axis or dtype; `ValueError` for a wrong value;
     [`eqx_attention.UnsupportedError`][] for what the mechanism does not do.
     """
-    check_unsharded(sharding, mesh)
     call = _call(
         query,
         key_,
@@ -131,6 +142,7 @@ def attend(
         q_positions=q_positions,
         kv_positions=kv_positions,
         precision=precision,
+        shards=shards_of(sharding, mesh),
     )
     out, lse = _run(as_mechanism(mechanism), call)
     return (out, lse) if return_lse else out
@@ -189,7 +201,8 @@ class Attention(eqx.Module):
     dropout: float = eqx.field(static=True)
     precision: str | None = eqx.field(static=True)
     dtype: Any = eqx.field(static=True)
-    sharding: Any = eqx.field(static=True)
+    sharding: Sharding | None = eqx.field(static=True)
+    mesh: _Mesh = eqx.field(static=True)
 
     __pdoc__ = pdoc
 
@@ -203,8 +216,9 @@ class Attention(eqx.Module):
         dropout: float | int = 0.0,
         precision: Any = None,
         dtype: Any = None,
-        sharding: Any = None,
+        sharding: Sharding | None = None,
         inference: bool = False,
+        mesh: _Mesh = None,
     ):
         """**Arguments:** as [`eqx_attention.attend`][], and:
 
@@ -220,7 +234,8 @@ class Attention(eqx.Module):
         self.dropout = as_dropout(dropout)
         self.precision = as_precision(precision)
         self.dtype = as_dtype(dtype)
-        self.sharding = sharding
+        self.sharding = as_sharding(sharding)
+        self.mesh = mesh
         self.inference = inference
 
     def __check_init__(self):
@@ -228,9 +243,17 @@ class Attention(eqx.Module):
 
     @staticmethod
     @jaxtyped(typechecker=typechecker)
-    def from_config(config: AttentionConfig, mesh: Any = None) -> "Attention":
-        """The one way from an [`eqx_attention.AttentionConfig`][] to a module."""
-        check_unsharded(config.sharding, mesh)
+    def from_config(config: AttentionConfig, mesh: _Mesh = None) -> "Attention":
+        """The one way from an [`eqx_attention.AttentionConfig`][] to a module.
+
+        **Arguments:**
+
+        - `config`: the options.
+        - `mesh`: the mesh whose axes `config.sharding` names. Default: the ambient one,
+            when called.
+
+        **Raises:** `ValueError` if the mesh has not these axes, or there is no sharding.
+        """
         return Attention(
             mechanism=config.mechanism,
             mask=config.mask,
@@ -239,6 +262,8 @@ class Attention(eqx.Module):
             dropout=config.dropout,
             precision=config.precision,
             dtype=config.dtype,
+            sharding=config.sharding,
+            mesh=mesh,
         )
 
     @property
@@ -286,7 +311,7 @@ class Attention(eqx.Module):
         why, and for each other mechanism whether it could, or why not."""
         positions = (q_positions, kv_positions)
         call = self._call(query, key_, value, mask, score, sinks, key, inference, positions)
-        request = eqx.filter_eval_shape(request_of, call)
+        request = _shape_of(call)
         lines = ["empty"] if _is_empty(call) else [self.mechanism.explain(request)]
         for reason in self.mechanism.unsupported(request):
             lines.append(f"  refused: {reason}")
@@ -314,6 +339,7 @@ class Attention(eqx.Module):
             kv_positions=positions[1],
             precision=self.precision,
             dtype=self.dtype,
+            shards=shards_of(self.sharding, self.mesh),
         )
 
 
@@ -333,6 +359,7 @@ def _call(
     key=None,
     inference=False,
     dtype=None,
+    shards=None,
 ) -> Call:
     check_operands(query, key_, value)
     check_positions(q_positions, "q_positions", ("start", "end"))
@@ -358,7 +385,8 @@ def _call(
         dropout if dropped else 0.0,
         as_precision(precision),
         dtype,
-        platform_of(query, key_, value),
+        platform_of(shards, query, key_, value),
+        shards,
     )
 
 
@@ -367,15 +395,28 @@ def _call(
 def _run(mechanism: AbstractMechanism, call: Call) -> tuple[Array, Array]:
     shape = (*call.query.shape[:-1], call.value.shape[-1])
     request = request_of(call)
-    check_supported(mechanism, request)
     if _is_empty(call):
+        check_supported(mechanism, request)
         out = jnp.zeros(shape, request.dtype)
         lse = jnp.full(shape[:-1], -jnp.inf, request.dtype)
-    else:
+        out, lse = with_sinks(out, lse, call.sinks)
+        return out.astype(call.query.dtype), lse
+    if call.shards is None:
+        check_supported(mechanism, request)
         out, lse = attention(mechanism, request)
-        out, lse = out.reshape(shape), lse.reshape(shape[:-1])
-    out, lse = with_sinks(out, lse, call.sinks)
-    return out.astype(call.query.dtype), lse
+        out, lse = with_sinks(out, lse, call.sinks)
+    else:
+        check_supported(mechanism, local_request(request, call.shards))
+        out, lse = attention_over(mechanism, request, call.sinks, call.shards)
+    return out.reshape(shape).astype(call.query.dtype), lse.reshape(shape[:-1])
+
+
+def _shape_of(call: Call) -> Request:
+    """What a mechanism would be asked for on each device, as shapes and dtypes."""
+    request = eqx.filter_eval_shape(request_of, call)
+    if call.shards is None or _is_empty(call):
+        return request
+    return local_request(request, call.shards)
 
 
 def _is_empty(call: Call) -> bool:

@@ -38,12 +38,14 @@ def axes(spec: str) -> Any:
 
 
 class Sizes(NamedTuple):
-    """The sizes of one call."""
+    """The sizes of one call. `all_keys` is how many keys arrays of both queries and keys
+    have, where these are more than `key`."""
 
     batch: tuple[int, ...]
     head: int
     query: int
     key: int
+    all_keys: int | None = None
 
 
 def declared(tree: Any, path: str) -> Iterator[tuple[str, str | None]]:
@@ -117,7 +119,7 @@ def _canonical(x: jax.Array, spec: str, sizes: Sizes, where: str) -> jax.Array:
     batch, shape = x.shape[: x.ndim - len(names)], x.shape[x.ndim - len(names) :]
     for name, size in zip(names, shape, strict=True):
         plain = name.removeprefix("#")
-        fits = plain == "rest" or size == getattr(sizes, plain)
+        fits = plain == "rest" or size == _size(plain, names, sizes)
         if not (fits or (name != plain and size == 1)):
             _raise(x, spec, sizes, where)
     plain = [name.removeprefix("#") for name in names]
@@ -138,6 +140,13 @@ def _canonical(x: jax.Array, spec: str, sizes: Sizes, where: str) -> jax.Array:
     x = x.reshape(batch + shape)
     x = x.transpose([0, *(i + 1 for i in order)])
     return x.reshape((*batch, *core, *rest))
+
+
+def _size(name: str, names: list[str], sizes: Sizes) -> int:
+    pairwise = name == "key" and any(n.removeprefix("#") == "query" for n in names)
+    if pairwise and sizes.all_keys is not None:
+        return sizes.all_keys
+    return getattr(sizes, name)
 
 
 def _raise(x: jax.Array, spec: str, sizes: Sizes, where: str):

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 from .._device import compute_capability, version_of_jax, wider_than_16_bits
 from .base import AbstractMechanism, Blocks, Gradients, Request
 from .blockwise import Blockwise
+from .gather import keys_are_split
 from .hidden import seen_queries
 
 
@@ -56,7 +57,7 @@ class Flash(AbstractMechanism):
         self.reproducible = reproducible
 
     def unsupported(self, request: Request) -> tuple[str, ...]:
-        reasons = []
+        reasons = [*keys_are_split(request)]
         if request.platform != "gpu":
             reasons.append(f"it runs on Hopper GPUs, not on {request.platform}")
         elif (found := compute_capability()) != (9, 0):

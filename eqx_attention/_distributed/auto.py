@@ -1,15 +1,7 @@
 from jaxtyping import Array, Float
 
-from .base import AbstractMechanism, Blocks, Gradients, Request
-from .blockwise import Blockwise
-from .cudnn import CuDNN
-from .flash import Flash
-from .measured import faster
-from .vanilla import Vanilla, weights_bytes
-
-
-# Up to this many bytes of weights, one tile is as fast as many: benchmarks/cpu.py.
-_SMALL = 2**21
+from .._mechanism import AbstractMechanism, Blocks, choose, Gradients, Request
+from .all_gather import AllGather
 
 
 class Auto(AbstractMechanism):
@@ -24,18 +16,9 @@ class Auto(AbstractMechanism):
 
     def choose(self, request: Request) -> tuple[AbstractMechanism, str]:
         """The mechanism chosen, and why."""
-        both = {"flash": Flash(), "cudnn": CuDNN()}
-        able = {name: x for name, x in both.items() if not x.unsupported(request)}
-        if len(able) == 2:
-            name, why = faster(request)
-            return able[name], why
-        for kernels in able.values():
-            return kernels, "its kernels support this call"
-        size = weights_bytes(request)
-        mib, limit = size / 2**20, _SMALL / 2**20
-        if size <= _SMALL:
-            return Vanilla(), f"its weights are {mib:.2f} MiB, at most {limit:.0f} MiB"
-        return Blockwise(), f"all weights would be {mib:.1f} MiB, more than {limit:.0f} MiB"
+        if request.split.key:
+            return AllGather(), "the only one"
+        return choose(request)
 
     def unsupported(self, request: Request) -> tuple[str, ...]:
         return self.choose(request)[0].unsupported(request)

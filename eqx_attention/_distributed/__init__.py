@@ -1,0 +1,11 @@
+from .all_gather import AllGather as AllGather
+from .auto import Auto as Auto
+from .local import attention_over as attention_over, local_request as local_request
+from .sharding import (
+    as_sharding as as_sharding,
+    check_mesh as check_mesh,
+    Sharding as Sharding,
+    Shards as Shards,
+    shards_of as shards_of,
+)
+from .table import MECHANISMS as MECHANISMS
