@@ -13,7 +13,10 @@ from ._config import AttentionConfig as AttentionConfig
 from ._distributed import (
     AllGather as AllGather,
     Auto as Auto,
+    from_layout as from_layout,
+    Ring as Ring,
     Sharding as Sharding,
+    to_layout as to_layout,
 )
 from ._dropout import dropout_mask as dropout_mask
 from ._errors import (

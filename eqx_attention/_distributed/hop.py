@@ -11,9 +11,7 @@ from jaxtyping import Array
 
 from .._axes import add_at, declared, slice_at, write_at
 from .._mask import And, Full
-from .._mechanism import AbstractMechanism, Pairs, Request
-from .._mechanism.base import Split
-from .._mechanism.varying import vary, varying_axes
+from .._mechanism import AbstractMechanism, Pairs, Request, Split, vary, varying_axes
 from .._partial import merge
 from .._tokens import Tokens
 from .cargo import Cargo, Devices
@@ -40,8 +38,9 @@ def roles(request: Request, n: int) -> list[Role]:
     for x, (where, spec) in zip(leaves, declared(request.pairs, ""), strict=True):
         if where.startswith("q.") or where.startswith("kv."):
             # Indices are those of the layout, which every device can count.
-            sent = where == "kv.position"
-            out.append(Role("sent" if sent else None, where == "q.position"))
+            sent = where == "kv.position" and x.shape[3] == kv_len
+            rows = where == "q.position" and x.shape[2] == q_len
+            out.append(Role("sent" if sent else None, rows))
             continue
         names = [name.removeprefix("#") for name in (spec or "").split()]
         rows = "query" in names and x.shape[2] == q_len
@@ -63,21 +62,22 @@ class Keys(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What is known of the queries in the backward pass."""
+    """What the backward pass is given of queries, and the numbers of those leaves of the
+    pairs that it is to differentiate."""
 
     out: Array
     lse: Array
     dout: Array
     dlse: Array | None
+    wrt: tuple[int, ...]
 
 
 class Sums(NamedTuple):
-    """The gradients that stay on this device: of its queries, and of those leaves with
-    numbers in `wrt` that are not sent."""
+    """The gradients that stay on this device: of its queries, and of those leaves that are
+    not sent."""
 
     query: Array
     leaves: tuple[Array, ...]
-    wrt: tuple[int, ...]
 
 
 Partial = tuple[Array, Array]
@@ -125,8 +125,8 @@ class Local:
         index = (None, None)
         if step.shift is None:
             index = (
-                _indices(self.q, self.me, step.query).reshape(1, 1, -1, 1),
-                _indices(self.kv, keys.owner, step.key).reshape(1, 1, 1, -1),
+                self.q.indices(self.me, step.query).reshape(1, 1, -1, 1),
+                self.kv.indices(keys.owner, step.key).reshape(1, 1, 1, -1),
             )
         pairs = _of_step(jax.tree.unflatten(self.treedef, leaves), step, index)
         numbers = jax.tree.unflatten(self.treedef, list(range(len(leaves))))
@@ -182,33 +182,29 @@ class Local:
         keys."""
         hop, numbers = self.hop(step, keys)
         of_step = [
-            None if x is None else lax.slice_in_dim(x, *step.query, axis=1) for x in rows
+            None if x is None else lax.slice_in_dim(x, *step.query, axis=1)
+            for x in rows[:4]
         ]
-        wrt = {*self.staying(sums.wrt), *self.going(sums.wrt)}
-        own = tuple(i for i, n in enumerate(numbers) if n in wrt)
+        own = tuple(i for i, n in enumerate(numbers) if n in rows.wrt)
         dq, dk, dv, found = inner.backward(hop, *of_step, own)
         dtype = self.request.dtype
-        dleaves = {
-            numbers[i]: d.astype(dtype) for i, d in zip(own, found, strict=True)
-        }
+        dleaves = {numbers[i]: d.astype(dtype) for i, d in zip(own, found, strict=True)}
         leaves = tuple(
             self._added(n, x, dleaves[n], step, keys) if n in dleaves else x
-            for n, x in zip(self.staying(sums.wrt), sums.leaves, strict=True)
+            for n, x in zip(self.staying(rows.wrt), sums.leaves, strict=True)
         )
         dq = _plus(sums.query, (0, step.query[0], 0, 0), dq.astype(dtype))
-        goes = [
-            _placed(d.astype(dtype), step.key, keys.tokens) for d in (dk, dv)
-        ]
-        for n in self.going(sums.wrt):
+        goes = [_placed(d.astype(dtype), step.key, keys.tokens) for d in (dk, dv)]
+        for n in self.going(rows.wrt):
             x = self._zeros(n, keys)
             goes.append(self._added(n, x, dleaves[n], step, keys) if n in dleaves else x)
-        return Sums(dq, leaves, sums.wrt), goes
+        return Sums(dq, leaves), goes
 
-    def no_sums(self, wrt: tuple[int, ...]) -> "Sums":
+    def no_sums(self, wrt: tuple[int, ...]) -> Sums:
         """Of no step."""
         shapes = [self.leaves[n].shape for n in self.staying(wrt)]
         full = self.request.full
-        return Sums(full(self.request.query.shape), tuple(map(full, shapes)), wrt)
+        return Sums(full(self.request.query.shape), tuple(map(full, shapes)))
 
     def no_gradients(self, keys: Keys, wrt: tuple[int, ...]) -> list[Array]:
         """Of what goes with the keys."""
@@ -244,12 +240,6 @@ class Local:
 
 def _plus(x: Array, first: Sequence[Any], more: Array) -> Array:
     return x + more if x.shape == more.shape else add_at(x, first, more)
-
-
-def _indices(side: Side, device: Any, some: tuple[int, int]) -> Array:
-    chunks = jnp.asarray(side.chunks, jnp.int32)[device]
-    index = chunks[:, None] * side.size + jnp.arange(side.size, dtype=jnp.int32)[None]
-    return lax.slice_in_dim(index.ravel(), *some)
 
 
 def _of_step(pairs: Pairs, step: Step, index: tuple[Any, Any]) -> Pairs:

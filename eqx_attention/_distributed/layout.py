@@ -2,9 +2,11 @@
 
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from beartype import beartype as typechecker
+from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxtyping import Array, jaxtyped, Shaped
 
 
@@ -116,4 +118,14 @@ def _permuted(name: str, x: Any, n: int, layout: str, axis: int, back: bool) -> 
         return x
     order = np.argsort(order) if back else order
     shape = (*x.shape[:axis], order.size, length // order.size, *x.shape[axis + 1 :])
-    return jnp.take(x.reshape(shape), order, axis=axis).reshape(x.shape)
+
+    def permute(x):
+        return jnp.take(x.reshape(shape), order, axis=axis).reshape(x.shape)
+
+    sharding = jax.typeof(x).sharding
+    if sharding.spec[axis] is None:
+        return permute(x)
+    # What is split by type is permuted whole, and split again.
+    whole = P(*(None if n == axis else s for n, s in enumerate(sharding.spec)))
+    x = jax.sharding.reshard(x, NamedSharding(sharding.mesh, whole))
+    return jax.sharding.reshard(permute(x), sharding)

@@ -16,6 +16,7 @@ from .._mechanism import AbstractMechanism, attention, Request, Split, varying_a
 from .._partial import merge, with_sinks
 from .._static import is_array
 from .._tokens import Tokens
+from .ring import check_layout, laid_out
 from .sharding import Shards
 
 
@@ -31,7 +32,7 @@ def attention_over(
     """
 
     def of_device(request: Request, sinks: Array | None) -> _Result:
-        local = localised(request, shards)
+        local = laid_out(mechanism, localised(request, shards))
         merged = shards.sharding.merged if shards.size(shards.sharding.merged) > 1 else ()
         if merged:
             local = dataclasses.replace(local, result_dtype=local.dtype)
@@ -43,6 +44,7 @@ def attention_over(
     if shards.inside:
         return of_device(request, sinks)
     q_len = request.lengths[0]
+    check_layout(mechanism, request.lengths, shards.size(shards.sharding.common))
     whole = padded(request, shards)
     axes = shards.sharding
     out_spec = P(_entry(axes.batch), _entry(axes.query_sequence), _entry(axes.heads))

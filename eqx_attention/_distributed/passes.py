@@ -73,10 +73,10 @@ class Passes:
             state = self._attend(hop, keys, state)
         return state
 
-    def backward(self, rows: Rows, wrt: tuple[int, ...]) -> tuple[Sums, list[Array]]:
+    def backward(self, rows: Rows) -> tuple[Sums, list[Array]]:
         """The gradients that stay, and those of this device's own keys."""
         own = self.local.keys(0, self.local.kv.length)
-        sums = self.local.no_sums(wrt)
+        sums = self.local.no_sums(rows.wrt)
         if not self.plan.uniform:
             return self._backward_directly(own, rows, sums)
         hops = self.plan.hops
@@ -142,7 +142,7 @@ class Passes:
         return self.local.nothing() if state is None else state
 
     def _backward_directly(self, own: Keys, rows: Rows, sums: Sums):
-        mine = self.local.no_gradients(own, sums.wrt)
+        mine = self.local.no_gradients(own, rows.wrt)
         hops = self.plan.hops
         keys = self._fetched(hops[0], own) if hops else own
         for n, hop in enumerate(hops):
@@ -212,7 +212,7 @@ class Passes:
     def _differentiating(self, keys: Keys, rows: Rows) -> Callable:
         def fn(step, sums):
             if step is None:
-                return sums, self.local.no_gradients(keys, sums.wrt)
+                return sums, self.local.no_gradients(keys, rows.wrt)
             return self.local.backward(self.inner, step, keys, rows, sums)
 
         return fn

@@ -9,7 +9,9 @@ computes the hop then skips what it can.
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from .._mask import (
     AbstractMask,
@@ -34,8 +36,8 @@ from .layout import Chunks
 _EMPTY, _PARTIAL, _FULL = 0, 1, 2
 # What is computed of a pair depends on no position; on the difference of both; on more.
 _NOTHING, _DIFFERENCE, _MORE = 0, 1, 2
-# Into how many pieces a chunk is cut, to estimate how much of it is to be computed.
-_PIECES = 8
+# Into how many pieces the tokens of a device are cut, to estimate what is to be computed.
+_PIECES = 16
 # What is cut off of a hop is a multiple of this, or of an eighth of the tokens.
 _ALIGN = 128
 
@@ -56,6 +58,12 @@ class Side(NamedTuple):
     def length(self) -> int:
         """How many tokens a device has."""
         return len(self.chunks[0]) * self.size
+
+    def indices(self, device: Any, some: tuple[int, int]) -> Array:
+        """The indices of some of the tokens of a device."""
+        chunks = jnp.asarray(self.chunks, jnp.int32)[device]
+        index = chunks[:, None] * self.size + jnp.arange(self.size, dtype=jnp.int32)[None]
+        return index.ravel()[slice(*some)]
 
 
 class Step(NamedTuple):
@@ -277,29 +285,29 @@ def _kinds(mask: AbstractMask, q: Side, kv: Side) -> np.ndarray:
         case Not(mask=inner):
             return _FULL - _kinds(inner, q, kv)
     (q_low, q_high), (kv_low, kv_high) = _pieces(q), _pieces(kv)
-    shape = [len(q.chunks) * len(q.chunks[0]), -1, len(kv.chunks) * len(kv.chunks[0]), -1]
+    shape = (*q_low.shape, *kv_low.shape)
     by_index = isinstance(mask, Full | Padding)
     given = not by_index and (q.shift is None or kv.shift is None)
     if given or any(is_array(x) for x in jax.tree.leaves(mask)):
-        kinds = np.full((q_low.size, kv_low.size), _PARTIAL)
+        kinds = np.full(shape, _PARTIAL)
     else:
         with jax.ensure_compile_time_eval():
             tiles = (_tile(q_low, kv_low, q, kv), _tile(q_high, kv_high, q, kv))
             some, every = mask.summary(mask, Bounds(*tiles))
             some, every = np.asarray(some).any(0), np.asarray(every).all(0)
         kinds = np.where(every, _FULL, np.where(some, _PARTIAL, _EMPTY))
-        kinds = np.broadcast_to(kinds, (q_low.size, kv_low.size))
-    return kinds.reshape(shape)
+        kinds = np.broadcast_to(kinds, (q_low.size, kv_low.size)).reshape(shape)
+    return kinds
 
 
 def _pieces(side: Side) -> tuple[np.ndarray, np.ndarray]:
-    """The first and the last index of each piece of each chunk."""
+    """The first and the last index of each piece of each chunk: (chunk, piece)."""
     count = len(side.chunks) * len(side.chunks[0])
-    pieces = min(_PIECES, side.size)
+    pieces = min(_PIECES // len(side.chunks[0]) or 1, side.size)
     ends = np.arange(pieces + 1) * side.size // pieces
     first = np.arange(count)[:, None] * side.size + ends[None, :-1]
     last = np.arange(count)[:, None] * side.size + ends[None, 1:] - 1
-    return first.ravel().astype(np.int32), last.ravel().astype(np.int32)
+    return first.astype(np.int32), last.astype(np.int32)
 
 
 def _tile(q_index: np.ndarray, kv_index: np.ndarray, q: Side, kv: Side) -> Tile:

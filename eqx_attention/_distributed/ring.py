@@ -1,16 +1,21 @@
+import dataclasses
+
 import equinox as eqx
 import jax
 from jaxtyping import Array, Float
 
+from .._dropout import Dropout
+from .._errors import UnsupportedError
 from .._mask import BlockMask
-from .._mechanism import AbstractMechanism, Blocks, Blockwise, Request
-from .._mechanism.base import Gradients
-from .choice import choose, Chosen, devices_of
-from .exchange import Exchange
+from .._mechanism import AbstractMechanism, Blocks, Blockwise, Gradients, Request
+from .._tokens import Tokens
+from .choice import choose, devices_of
 from .hop import Rows
 from .inner import as_inner, check_inner, not_split
-from .layout import LAYOUTS
+from .layout import chunks_of, LAYOUTS
 from .passes import Passes
+from .plan import Side
+from .zigzag import Exchange, to_zigzag
 
 
 class Ring(AbstractMechanism):
@@ -97,8 +102,7 @@ class Ring(AbstractMechanism):
     ) -> tuple[
         Float[Array, "batch q_len q_heads value_dim"], Float[Array, "batch q_len q_heads"]
     ]:
-        chosen = self._chosen(request)
-        exchange, passes = self._ready(request, chosen)
+        exchange, passes = self._ready(request)
         out, lse = passes.forward()
         out, lse = exchange.back(out.astype(request.result_dtype), lse)
         return out, lse
@@ -112,10 +116,10 @@ class Ring(AbstractMechanism):
         dlse: Float[Array, "batch q_len q_heads"] | None,
         wrt: tuple[int, ...],
     ) -> Gradients:
-        exchange, passes = self._ready(request, self._chosen(request))
+        exchange, passes = self._ready(request)
         rows = exchange.there(out, lse, dout, *([] if dlse is None else [dlse]))
-        rows = Rows(rows[0], rows[1], rows[2], None if dlse is None else rows[3])
-        sums, (dk, dv, *sent) = passes.backward(rows, wrt)
+        rows = Rows(rows[0], rows[1], rows[2], None if dlse is None else rows[3], wrt)
+        sums, (dk, dv, *sent) = passes.backward(rows)
         local = passes.local
         dleaves = dict(zip(local.staying(wrt), sums.leaves, strict=True))
         dleaves |= dict(zip(local.going(wrt), sent, strict=True))
@@ -137,7 +141,7 @@ class Ring(AbstractMechanism):
         return found[0]
 
     def _explained(self, request: Request) -> str:
-        chosen = self._chosen(request)
+        chosen = choose(request, self.layout)
         inner, n = as_inner(self.inner), chosen.devices.count
         lines, sent, back = [], 0, 0
         local = chosen.local(request, 0)
@@ -177,7 +181,7 @@ class Ring(AbstractMechanism):
                 return
             if _has_block_mask(request):
                 yield "a BlockMask is bound to tokens that are not in the zigzag layout"
-        chosen, inner = self._chosen(request), as_inner(self.inner)
+        chosen, inner = choose(request, self.layout), as_inner(self.inner)
         # Any device and any keys will do: what is looked at are types and shapes.
         local = chosen.local(request, 0)
         for hop in chosen.plan.hops:
@@ -186,15 +190,61 @@ class Ring(AbstractMechanism):
                 if step is not None:
                     yield from inner.unsupported(local.hop(step, keys)[0])
 
-    def _chosen(self, request: Request) -> Chosen:
-        return choose(request, self.layout)
-
-    def _ready(self, request: Request, chosen: Chosen) -> tuple[Exchange, Passes]:
-        devices, zigzag = chosen.devices, chosen.layout == "zigzag"
-        exchange = Exchange(request, devices, zigzag, self.layout == "auto")
+    def _ready(self, request: Request) -> tuple[Exchange, Passes]:
+        chosen = choose(request, self.layout)
+        devices = chosen.devices
+        if self.layout == "zigzag" and request.split.chunks != chosen.q.chunks:
+            raise UnsupportedError(
+                "Ring(layout='zigzag') expects that no other mechanism has changed which "
+                "tokens a device has; use layout='auto' within another mechanism."
+            )
+        exchange = Exchange(
+            request, devices, self.layout == "auto" and chosen.layout == "zigzag"
+        )
         local = chosen.local(exchange.request, devices.me())
         plans = (chosen.plan, chosen.loose())
         return exchange, Passes(as_inner(self.inner), local, *plans, self.scan)
+
+
+def check_layout(mechanism: AbstractMechanism, lengths: tuple[int, int], n: int) -> None:
+    """That tokens that are said to be laid out over `n` devices can be.
+
+    **Raises:** `ValueError` if not.
+    """
+    if not (isinstance(mechanism, Ring) and mechanism.layout == "zigzag"):
+        return
+    for name, length in zip(("query", "key_, value"), lengths, strict=True):
+        if length % (2 * n):
+            raise ValueError(
+                f"{name}: expected a length that is a multiple of {2 * n}, as "
+                f"Ring(layout='zigzag') is asked for over {n} devices; got {length}. Pad it "
+                "before `to_layout`."
+            )
+
+
+def laid_out(mechanism: AbstractMechanism, request: Request) -> Request:
+    """A device's part of what the mechanism takes to be in its layout: what goes by index
+    was made for the order that tokens have anyway."""
+    zigzag = isinstance(mechanism, Ring) and mechanism.layout == "zigzag"
+    if not (zigzag and request.split.key) or any(n % 2 for n in request.lengths):
+        return request
+    devices, pairs = devices_of(request), request.pairs
+    chunks = chunks_of("zigzag", devices.count)
+
+    def tokens(old: Tokens) -> Tokens:
+        if old.index is None:
+            return old
+        side = Side(chunks, old.length // 2, None)
+        index = side.indices(devices.me(), (0, old.length))
+        return dataclasses.replace(old, index=index.reshape(old.index.shape))
+
+    pairs = dataclasses.replace(pairs, q=tokens(pairs.q), kv=tokens(pairs.kv))
+    if pairs.dropout is not None:
+        words = (pairs.dropout.q_words, 2), (pairs.dropout.kv_words, 3)
+        words = to_zigzag(words, devices)
+        pairs = dataclasses.replace(pairs, dropout=Dropout(*words, pairs.dropout.rate))
+    split = request.split._replace(chunks=chunks)
+    return dataclasses.replace(request, pairs=pairs, split=split)
 
 
 def _has_block_mask(request: Request) -> bool:

@@ -19,4 +19,4 @@ from .gather import (
 )
 from .primitive import attention as attention
 from .vanilla import Vanilla as Vanilla
-from .varying import varying_axes as varying_axes
+from .varying import vary as vary, varying_axes as varying_axes

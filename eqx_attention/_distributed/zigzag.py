@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from .._axes import declared
 from .._mechanism import Request
 from .cargo import Devices, permuted
 from .hop import roles
@@ -85,48 +84,45 @@ def _joined(arrays, even: list[Array], odd: list[Array], devices: Devices) -> li
 class Exchange:
     """Brings a request into the zigzag layout, and what comes of it back."""
 
-    def __init__(self, request: Request, devices: Devices, zigzag: bool, whole: bool):
-        """Nothing changes if not `zigzag`. If not `whole`, then all is there already but
-        the words of dropout, which are made by index."""
-        self.devices, self.whole = devices, zigzag and whole
+    def __init__(self, request: Request, devices: Devices, needed: bool):
+        """If it is not `needed`, then everything stays as it is."""
+        self.devices, self.needed = devices, needed
         self.roles = roles(request, devices.count)
         self.request = request
-        if zigzag:
+        if needed:
             self.request = self._moved(request)
 
     def _moved(self, request: Request) -> Request:
-        devices, whole = self.devices, self.whole
         leaves, treedef = jax.tree.flatten(request.pairs)
-        moving = [
-            n
-            for n, (where, _) in enumerate(declared(request.pairs, ""))
-            if self._axis(n) and (whole or where.startswith("dropout."))
-        ]
-        inputs = (request.query, request.key_, request.value) if whole else ()
-        arrays = [(x, 1) for x in inputs] + [(leaves[n], self._axis(n)) for n in moving]
-        found = to_zigzag(arrays, devices)
-        for n, x in zip(moving, found[len(inputs) :], strict=True):
+        moving = [n for n in range(len(leaves)) if self._axis(n)]
+        names = ("query", "key_", "value")
+        arrays = [(getattr(request, name), 1) for name in names]
+        arrays += [(leaves[n], self._axis(n)) for n in moving]
+        found = to_zigzag(arrays, self.devices)
+        for n, x in zip(moving, found[len(names) :], strict=True):
             leaves[n] = x
         for n, role in enumerate(self.roles):
-            if whole and role.keys == "columns":
-                leaves[n] = columns_to_zigzag(leaves[n], devices.count)
-        request = dataclasses.replace(request, pairs=jax.tree.unflatten(treedef, leaves))
-        if whole:
-            names = ("query", "key_", "value")
-            request = dataclasses.replace(request, **dict(zip(names, found)))
-        return request
+            if role.keys == "columns":
+                leaves[n] = columns_to_zigzag(leaves[n], self.devices.count)
+        inputs = dict(zip(names, found))
+        pairs = jax.tree.unflatten(treedef, leaves)
+        return dataclasses.replace(request, **inputs, pairs=pairs)
 
     def there(self, *arrays: Array) -> list[Array]:
         """Given are arrays that have their tokens second."""
-        return to_zigzag([(x, 1) for x in arrays], self.devices) if self.whole else [*arrays]
+        if not self.needed:
+            return list(arrays)
+        return to_zigzag([(x, 1) for x in arrays], self.devices)
 
     def back(self, *arrays: Array) -> list[Array]:
-        return from_zigzag([(x, 1) for x in arrays], self.devices) if self.whole else [*arrays]
+        if not self.needed:
+            return list(arrays)
+        return from_zigzag([(x, 1) for x in arrays], self.devices)
 
     def leaves_back(self, leaves: Sequence[Array], numbers: Sequence[int]) -> list[Array]:
         """Given are gradients of leaves of the pairs, with their numbers."""
         out = dict(zip(numbers, leaves, strict=True))
-        if not self.whole:
+        if not self.needed:
             return list(leaves)
         for n in numbers:
             if self.roles[n].keys == "columns":
