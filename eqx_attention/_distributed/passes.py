@@ -1,33 +1,37 @@
 """The two passes of a ring: which keys go where, and what is computed meanwhile.
 
-Each permute is issued before what is computed of the keys that are already here, on which
-it does not depend, so that both can be done at once.
+What is sent never depends on what is computed of the keys that are already here, so that
+both can be done at once.
 """
 
 import functools as ft
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from .._mechanism import AbstractMechanism
 from .cargo import Cargo
 from .hop import Keys, Local, Partial, Rows, Sums
-from .plan import Hop, Plan, Step
+from .plan import halves, Hop, Plan, Step
 
 
-_T = TypeVar("_T")
 # As many kinds of steps may be in the code of a loop, not to have more code than hops.
 _KINDS = 3
 
 
-class Passes:
-    """A device's part of a request, and the plan of its hops.
+class Todo(NamedTuple):
+    """The steps of a hop, and the number of that of each device."""
 
-    `loose` is the plan of the same hops that a loop runs over, whose steps are alike.
-    """
+    which: Int[Array, " devices"]
+    steps: tuple[Step | None, ...]
+
+
+class Passes:
+    """A device's part of a request, and the plan of its hops: `loose` is the same plan
+    without what is special to one hop, for a loop over them."""
 
     def __init__(
         self,
@@ -37,203 +41,192 @@ class Passes:
         loose: Plan,
         scan: bool,
     ):
-        self.inner, self.local, self.plan = inner, local, plan
-        self.devices = local.devices
-        self.middle = middle(plan, loose) if scan else None
+        self.inner, self.local, self.plan, self.loose = inner, local, plan, loose
+        self.scan, self.devices = scan, local.devices
 
     def forward(self) -> Partial:
         """`(out, lse)` over all keys."""
-        own = self.local.keys(0, self.local.kv.length)
-        if not self.plan.uniform:
-            return self._forward_directly(own)
-        hops = self.plan.hops
-        coming = self._onward(own) if len(hops) > 1 else own
-        state = self._attend(hops[0], own, None)
-        rest = hops[1:]
-        if self.middle is not None:
-            (which, steps), count = self.middle, len(hops) - 2
+        hops, own = self.plan.hops, self._own()
 
-            def body(carry, xs):
-                (out, lse), cargo = carry
-                shift, which = xs
-                keys = self._keys(shift, cargo)
-                coming = self._onward(keys)
-                state = self._switch(which, steps, self._attending(keys), (out, lse))
-                return (state, coming.cargo), None
+        def visit(todo: Todo, keys: Keys, state: Partial | None) -> Partial:
+            def attend(step, state):
+                if step is None:
+                    return self.local.nothing() if state is None else state
+                return self.local.forward(self.inner, step, keys, state)
 
-            shifts = jnp.arange(1, count + 1, dtype=jnp.int32)
-            carry = (state, coming.cargo)
-            (state, cargo), _ = lax.scan(body, carry, (shifts, which))
-            coming = self._keys(count + 1, cargo)
-            rest = hops[-1:]
-        for hop in rest:
-            keys = coming
-            if hop.shift + 1 < self.plan.n:
-                coming = self._onward(keys)
-            state = self._attend(hop, keys, state)
-        return state
+            if len(todo.steps) > 1 and state is None:
+                state = self.local.nothing()
+            return self._switch(todo, attend, state)
 
-    def backward(self, rows: Rows) -> tuple[Sums, list[Array]]:
-        """The gradients that stay, and those of this device's own keys."""
-        own = self.local.keys(0, self.local.kv.length)
-        sums = self.local.no_sums(rows.wrt)
-        if not self.plan.uniform:
-            return self._backward_directly(own, rows, sums)
-        hops = self.plan.hops
-        coming = self._onward(own) if len(hops) > 1 else own
-        sums, goes = self._gradient(hops[0], own, rows, sums)
-        if len(hops) == 1:
-            return sums, goes
-        mine = goes
-
-        def hop_of(keys, sums, sent, fn):
-            """Adds what is computed of keys to what was, at the hop before, by another."""
-            moved = None if sent is None else sent.sent(self.devices, self._next())
-            sums, goes = fn(keys, sums)
-            if moved is not None:
-                goes = [a + b for a, b in zip(goes, moved.arrays(), strict=True)]
-            return sums, Cargo(goes)
-
-        def peeled(hop, keys, sums, sent):
-            fn = lambda keys, sums: self._gradient(hop, keys, rows, sums)  # noqa: E731
-            return hop_of(keys, sums, sent, fn)
-
-        rest, sent = hops[1:], None
-        if self.middle is not None:
-            (which, steps), count = self.middle, len(hops) - 2
-            keys, coming = coming, self._onward(coming)
-            sums, sent = peeled(hops[1], keys, sums, None)
-
-            def body(carry, xs):
-                sums, sent, cargo = carry
-                shift, which = xs
-                keys = self._keys(shift, cargo)
-                coming = self._onward(keys)
-
-                def fn(keys, sums):
-                    step = self._differentiating(keys, rows)
-                    return self._switch(which, steps, step, sums)
-
-                sums, sent = hop_of(keys, sums, sent, fn)
-                return (sums, sent, coming.cargo), None
-
-            shifts = jnp.arange(2, count + 1, dtype=jnp.int32)
-            carry = (sums, sent, coming.cargo)
-            (sums, sent, cargo), _ = lax.scan(body, carry, (shifts, which[1:]))
-            coming = self._keys(count + 1, cargo)
-            rest = hops[-1:]
-        for hop in rest:
-            keys = coming
-            if hop.shift + 1 < self.plan.n:
-                coming = self._onward(keys)
-            sums, sent = peeled(hop, keys, sums, sent)
-        assert sent is not None
-        back = sent.sent(self.devices, self._next()).arrays()
-        return sums, [a + b for a, b in zip(mine, back, strict=True)]
-
-    def _forward_directly(self, own: Keys) -> Partial:
+        if self.plan.uniform:
+            coming = self._onward(own) if len(hops) > 1 else own
+            state = visit(_todo(hops[0]), own, None)
+            return self._around(hops[1:], coming, state, visit)
         state = None
-        hops = self.plan.hops
-        keys = self._fetched(hops[0], own) if hops else own
-        for n, hop in enumerate(hops):
-            coming = self._fetched(hops[n + 1], own) if n + 1 < len(hops) else keys
-            state = self._attend(hop, keys, state)
-            keys = coming
+        for hop, keys in self._directly(hops, own):
+            state = visit(_todo(hop), keys, state)
         return self.local.nothing() if state is None else state
 
-    def _backward_directly(self, own: Keys, rows: Rows, sums: Sums):
-        mine = self.local.no_gradients(own, rows.wrt)
-        hops = self.plan.hops
-        keys = self._fetched(hops[0], own) if hops else own
-        for n, hop in enumerate(hops):
-            coming = self._fetched(hops[n + 1], own) if n + 1 < len(hops) else keys
-            sums, goes = self._gradient(hop, keys, rows, sums)
-            if hop.shift:
-                back = self.devices.onward(-hop.shift)
-                goes = Cargo(goes).sent(self.devices, back).arrays()
-            mine = [
-                _plus(whole, some, hop, 1 if n < 2 else 3)
-                for n, (whole, some) in enumerate(zip(mine, goes, strict=True))
-            ]
-            keys = coming
+    def backward(self, rows: Rows) -> tuple[Sums, list[Array]]:
+        """The gradients that stay on this device, and those of its own keys.
+
+        Of its own keys a device computes one part while the first keys are on their way
+        to it, the other while the last gradients are."""
+        hops, own, sums = self.plan.hops, self._own(), self.local.no_sums(rows.wrt)
+
+        def gradient(todo: Todo, keys: Keys, sums: Sums) -> tuple[Sums, list[Array]]:
+            def differentiate(step, sums):
+                if step is None:
+                    return sums, self.local.no_gradients(keys, rows.wrt)
+                return self.local.backward(self.inner, step, keys, rows, sums)
+
+            return self._switch(todo, differentiate, sums)
+
+        if not self.plan.uniform:
+            return self._backward_directly(own, rows, sums, gradient)
+        if len(hops) == 1:
+            return gradient(_todo(hops[0]), own, sums)
+        first, last = self._halved(hops[0])
+
+        def visit(todo: Todo, keys: Keys, carry):
+            """What is computed of keys is added to what was at the hop before, by another
+            device."""
+            sums, sent = carry
+            sent = sent.sent(self.devices, self._next())
+            sums, goes = gradient(todo, keys, sums)
+            return sums, Cargo(_added(goes, sent.arrays()))
+
+        keys = self._onward(own)
+        sums, mine = gradient(first, own, sums)
+        coming = self._onward(keys) if len(hops) > 2 else keys
+        sums, goes = gradient(_todo(hops[1]), keys, sums)
+        sums, sent = self._around(hops[2:], coming, (sums, Cargo(goes)), visit)
+        back = sent.sent(self.devices, self._next())
+        sums, more = gradient(last, own, sums)
+        return sums, _added(_added(mine, more), back.arrays())
+
+    def _backward_directly(self, own: Keys, rows: Rows, sums: Sums, gradient: Callable):
+        here = [hop for hop in self.plan.hops if not hop.shift]
+        away = [hop for hop in self.plan.hops if hop.shift]
+        of_own = [_todo(hop) for hop in here]
+        if away:
+            of_own = [todo for hop in here for todo in self._halved(hop)]
+        mine, back = self.local.no_gradients(own, rows.wrt), []
+        for todo in of_own[:1]:
+            sums, goes = gradient(todo, own, sums)
+            mine = _added(mine, goes)
+        for hop, keys in self._directly(away, own):
+            sums, goes = gradient(_todo(hop), keys, sums)
+            to = self.devices.onward(-hop.shift)
+            back.append((Cargo(goes).sent(self.devices, to), hop.keys))
+        for todo in of_own[1:]:
+            sums, goes = gradient(todo, own, sums)
+            mine = _added(mine, goes)
+        for sent, keys in back:
+            mine = _onto(mine, sent.arrays(), keys)
         return sums, mine
 
-    def _next(self) -> tuple[int, ...]:
-        return self.devices.onward(1)
+    def _around(self, hops: Sequence[Hop], coming: Keys, carry: Any, visit: Callable):
+        """Visits hops, each with the keys of the one before sent on by one device."""
+        if not hops:
+            return carry
+        *middle, last = hops
+        loop = self._loop(middle) if self.scan else None
+        if loop is None:
+            for hop in middle:
+                keys, coming = coming, self._onward(coming)
+                carry = visit(_todo(hop), keys, carry)
+        else:
+
+            def body(loop_carry, xs):
+                carry, cargo = loop_carry
+                shift, which = xs
+                keys = self._keys(shift, cargo)
+                coming = self._onward(keys)
+                carry = visit(Todo(which, loop.steps), keys, carry)
+                return (carry, coming.cargo), None
+
+            shifts = jnp.asarray([hop.shift for hop in middle], jnp.int32)
+            start = (carry, coming.cargo)
+            (carry, cargo), _ = lax.scan(body, start, (shifts, loop.which))
+            coming = self._keys(last.shift, cargo)
+        return visit(_todo(last), coming, carry)
+
+    def _loop(self, hops: Sequence[Hop]) -> Todo | None:
+        """What all of these hops do; `None` if a loop would not be shorter."""
+        if len(hops) < 2:
+            return None
+        for plan in (self.plan, self.loose):
+            if not plan.uniform:
+                continue
+            alike = [plan.hops[hop.shift] for hop in hops]
+            steps = tuple(dict.fromkeys(s for hop in alike for s in hop.steps))
+            if len(steps) <= _KINDS or plan is self.loose:
+                which = [[steps.index(hop.steps[w]) for w in hop.which] for hop in alike]
+                return Todo(jnp.asarray(which, jnp.int32), steps)
+        return None
+
+    def _directly(self, hops: Sequence[Hop], own: Keys) -> Iterator[tuple[Hop, Keys]]:
+        """Hops, each with the keys of the device from which they are needed, and no
+        others: those of the next one are on their way when one is given."""
+        fetched = [self._fetched(hop, own) for hop in hops[:1]]
+        for hop, after in zip(hops, [*hops[1:], None], strict=True):
+            if after is not None:
+                fetched.append(self._fetched(after, own))
+            yield hop, fetched.pop(0)
+
+    def _fetched(self, hop: Hop, own: Keys) -> Keys:
+        if hop.shift == 0:
+            return own
+        cargo = self.local.keys(*hop.keys).cargo
+        cargo = cargo.sent(self.devices, self.devices.onward(hop.shift))
+        return Keys((own.owner - hop.shift) % self.devices.count, hop.keys, cargo)
+
+    def _own(self) -> Keys:
+        return self.local.keys(0, self.local.kv.length)
 
     def _keys(self, shift: Any, cargo: Cargo) -> Keys:
         owner = (self.local.me - shift) % self.devices.count
         return Keys(owner, (0, self.local.kv.length), cargo)
 
+    def _next(self) -> tuple[int, ...]:
+        return self.devices.onward(1)
+
     def _onward(self, keys: Keys) -> Keys:
-        """The keys of the device before."""
+        """The keys that the device before has."""
         owner = (keys.owner - 1) % self.devices.count
-        cargo = keys.cargo.sent(self.devices, self._next())
-        return Keys(owner, keys.tokens, cargo)
+        return Keys(owner, keys.tokens, keys.cargo.sent(self.devices, self._next()))
 
-    def _fetched(self, hop: Hop, own: Keys) -> Keys:
-        """The keys of the device from which they are needed, and no others."""
-        if hop.shift == 0:
-            return own
-        some = self.local.keys(*hop.keys)
-        cargo = some.cargo.sent(self.devices, self.devices.onward(hop.shift))
-        return Keys(self._keys(hop.shift, cargo).owner, hop.keys, cargo)
-
-    def _attend(self, hop: Hop, keys: Keys, state: Partial | None) -> Partial:
-        fn = self._attending(keys)
-        if len(hop.steps) == 1:
-            return fn(hop.steps[0], state)
-        state = self.local.nothing() if state is None else state
+    def _halved(self, hop: Hop) -> tuple[Todo, Todo]:
+        """What devices do of their own keys: first, and at the end."""
+        mask = self.local.request.pairs.mask
+        both = zip(*(halves(step, mask) for step in hop.steps), strict=True)
         which = jnp.asarray(hop.which, jnp.int32)
-        return self._switch(which, hop.steps, fn, state)
+        first, last = (Todo(which, steps) for steps in both)
+        return first, last
 
-    def _gradient(self, hop: Hop, keys: Keys, rows: Rows, sums: Sums):
-        fn = self._differentiating(keys, rows)
-        if len(hop.steps) == 1:
-            return fn(hop.steps[0], sums)
-        which = jnp.asarray(hop.which, jnp.int32)
-        return self._switch(which, hop.steps, fn, sums)
-
-    def _switch(self, which: Array, steps: Sequence[Step | None], fn: Callable, state: Any):
-        """`which` has the number of the step of each device."""
-        branches = [ft.partial(fn, step) for step in steps]
+    def _switch(self, todo: Todo, fn: Callable, state: Any) -> Any:
+        branches = [ft.partial(fn, step) for step in todo.steps]
         if len(branches) == 1:
             return branches[0](state)
-        return lax.switch(which[self.local.me], branches, state)
-
-    def _attending(self, keys: Keys) -> Callable[..., Partial]:
-        def fn(step, state):
-            if step is None:
-                return state
-            return self.local.forward(self.inner, step, keys, state)
-
-        return fn
-
-    def _differentiating(self, keys: Keys, rows: Rows) -> Callable:
-        def fn(step, sums):
-            if step is None:
-                return sums, self.local.no_gradients(keys, rows.wrt)
-            return self.local.backward(self.inner, step, keys, rows, sums)
-
-        return fn
+        return lax.switch(todo.which[self.local.me], branches, state)
 
 
-def _plus(whole: Array, some: Array, hop: Hop, axis: int) -> Array:
-    """Adds the gradients of those keys that were needed to those of all."""
-    widths = [(0, 0)] * whole.ndim
-    widths[axis] = (hop.keys[0], whole.shape[axis] - hop.keys[1])
-    return whole + jnp.pad(some, widths)
+def _todo(hop: Hop) -> Todo:
+    return Todo(jnp.asarray(hop.which, jnp.int32), hop.steps)
 
 
-def middle(plan: Plan, loose: Plan) -> tuple[Array, tuple[Step | None, ...]] | None:
-    """Of all hops but the first and the last: the number of the step of each device at
-    each, and the steps. `None` if a loop over them would not be shorter."""
-    for one in (plan, loose):
-        hops = one.hops[1:-1]
-        if not one.uniform or len(hops) < 2:
-            continue
-        steps = tuple(dict.fromkeys(s for hop in hops for s in hop.steps))
-        if len(steps) <= _KINDS or one is loose:
-            which = [[steps.index(hop.steps[w]) for w in hop.which] for hop in hops]
-            return jnp.asarray(which, jnp.int32), steps
-    return None
+def _added(xs: Sequence[Array], ys: Sequence[Array]) -> list[Array]:
+    return [x + y for x, y in zip(xs, ys, strict=True)]
+
+
+def _onto(whole: Sequence[Array], some: Sequence[Array], keys: tuple[int, int]):
+    """Adds the gradients of some keys, and of what belongs to them, to those of all."""
+
+    def one(x, y, axis):
+        widths = [(0, 0)] * x.ndim
+        widths[axis] = (keys[0], x.shape[axis] - keys[1])
+        return x + jnp.pad(y, widths)
+
+    axes = [1, 1] + [3] * (len(whole) - 2)
+    return [one(*xs) for xs in zip(whole, some, axes, strict=True)]

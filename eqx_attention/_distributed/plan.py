@@ -164,6 +164,36 @@ def plan(
     return Plan(tuple(hops), n, kv.length)
 
 
+def halves(step: Step | None, mask: AbstractMask) -> tuple[Step | None, Step | None]:
+    """A step of some queries as two, of fewer each."""
+    if step is None:
+        return None, None
+    start, end = step.query
+    middle = start + _aligned((0, (end - start) // 2), end - start)[1]
+    if not start < middle < end:
+        return step, None
+    first, last = (_of_rows(step, r, mask) for r in ((start, middle), (middle, end)))
+    return first, last
+
+
+def _of_rows(step: Step, rows: tuple[int, int], mask: AbstractMask) -> Step | None:
+    if step.shift is None:
+        return step._replace(query=rows)
+    shift = step.shift + rows[0] - step.query[0]
+    kept = [parts(mask)[n] for n in step.kept]
+    seen = span(And(tuple(kept))) if kept else (-np.inf, np.inf)
+    lengths = rows[1] - rows[0], step.key[1] - step.key[0]
+    query, key = _narrowed(seen, (0, lengths[0]), (0, lengths[1]), shift)
+    if query[0] >= query[1] or key[0] >= key[1]:
+        return None
+    shift = shift + query[0] - key[0]
+    query, key = (
+        (first + x[0], first + x[1])
+        for first, x in zip((rows[0], step.key[0]), (query, key), strict=True)
+    )
+    return Step(query, key, step.kept, shift)
+
+
 def _at(q: Side, kv: Side, device: int, owner: int):
     return np.ix_(q.chunks[device], kv.chunks[owner])
 
@@ -210,7 +240,7 @@ class _Steps(NamedTuple):
         # later here.
         same = q.chunks[device] == kv.chunks[owner] and q[1:] == kv[1:]
         if same and all(map(_is_order, masks)) and not any(map(_of_score, self.score)):
-            return Step((0, q.length), (0, kv.length), kept, 0)
+            return Step(query, key, kept, query[0] - key[0])
         return Step(query, key, kept, None)
 
 
@@ -312,6 +342,6 @@ def _pieces(side: Side) -> tuple[np.ndarray, np.ndarray]:
 
 def _tile(q_index: np.ndarray, kv_index: np.ndarray, q: Side, kv: Side) -> Tile:
     rows, columns = q_index.reshape(1, -1, 1), kv_index.reshape(1, 1, -1)
-    shifts: tuple[Any, Any] = (np.int32(q.shift or 0), np.int32(kv.shift or 0))
+    of_q, of_kv = rows + np.int32(q.shift or 0), columns + np.int32(kv.shift or 0)
     head = np.zeros((1, 1, 1), np.int32)
-    return Tile(rows, columns, rows + shifts[0], columns + shifts[1], head)
+    return Tile(*map(jnp.asarray, (rows, columns, of_q, of_kv, head)))
