@@ -14,6 +14,7 @@ from ._distributed import (
     AllGather as AllGather,
     Auto as Auto,
     Sharding as Sharding,
+    Ulysses as Ulysses,
 )
 from ._dropout import dropout_mask as dropout_mask
 from ._errors import (

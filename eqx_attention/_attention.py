@@ -111,7 +111,8 @@ def attend(
     - `kv_positions`: an integer array `"*#batch kv_len"`. Default: 0, 1, 2, …
     - `precision`: a `jax.lax.Precision` or its name, for both matrix products. Default:
         that of JAX.
-    - `mechanism`: `"auto"`, `"flash"`, `"cudnn"`, `"blockwise"`, `"vanilla"`, or an
+    - `mechanism`: `"auto"`, `"flash"`, `"cudnn"`, `"blockwise"`, `"vanilla"`, or, where a
+        sharding splits the sequence, `"ulysses"` or `"all_gather"`; or an
         [`eqx_attention.AbstractMechanism`][].
     - `sharding`: an [`eqx_attention.Sharding`][], which says which axes of a mesh split
         the batch, the heads and the tokens. Default: nothing is split.

@@ -9,3 +9,4 @@ from .sharding import (
     shards_of as shards_of,
 )
 from .table import MECHANISMS as MECHANISMS
+from .ulysses import Ulysses as Ulysses

@@ -12,7 +12,14 @@ from jaxtyping import Array
 
 from .._axes import ceil_div
 from .._mask import Padding
-from .._mechanism import AbstractMechanism, attention, Request, Split, varying_axes
+from .._mechanism import (
+    AbstractMechanism,
+    attention,
+    counted,
+    Request,
+    Split,
+    varying_axes,
+)
 from .._partial import merge, with_sinks
 from .._static import is_array
 from .._tokens import Tokens
@@ -128,7 +135,7 @@ def localised(request: Request, shards: Shards) -> Request:
         )
 
     def tokens(old: Tokens, names: tuple[str, ...], length: int, axis: int) -> Tokens:
-        index = _counted(shards, names, length, axis)
+        index = counted(shards.sized(names), length, axis)
         return Tokens(old.position, length, old.shift, index)
 
     pairs, (q_len, kv_len) = request.pairs, request.lengths
@@ -136,7 +143,7 @@ def localised(request: Request, shards: Shards) -> Request:
         pairs,
         q=tokens(pairs.q, axes.query_sequence, q_len, 2),
         kv=tokens(pairs.kv, axes.key_sequence, kv_len, 3),
-        head=_counted(shards, axes.heads, request.query.shape[2], 1),
+        head=counted(shards.sized(axes.heads), request.query.shape[2], 1),
     )
     split = Split(shards.sized(axes.query_sequence), shards.sized(axes.common))
     return dataclasses.replace(request, pairs=pairs, split=split)
@@ -219,16 +226,6 @@ def _padded_length(length: int, shards: Shards, axes: tuple[str, ...]) -> int:
     if n > 1 and axes == shards.sharding.common:
         each = max(each, 2)
     return n * each
-
-
-def _counted(shards: Shards, axes: tuple[str, ...], length: int, axis: int):
-    """The numbers of so many heads, queries or keys; `None` if they count from 0."""
-    if shards.size(axes) == 1:
-        return None
-    shape = [1, 1, 1, 1]
-    shape[axis] = length
-    count = shards.start(axes, length) + jnp.arange(length, dtype=jnp.int32)
-    return count.reshape(shape)
 
 
 def _check_sizes(request: Request, shards: Shards):

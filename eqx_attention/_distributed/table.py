@@ -3,6 +3,7 @@
 from .._mechanism import AbstractMechanism, Blockwise, CuDNN, Flash, Vanilla
 from .all_gather import AllGather
 from .auto import Auto
+from .ulysses import Ulysses
 
 
 MECHANISMS: dict[str, type[AbstractMechanism]] = {
@@ -12,4 +13,5 @@ MECHANISMS: dict[str, type[AbstractMechanism]] = {
     "blockwise": Blockwise,
     "vanilla": Vanilla,
     "all_gather": AllGather,
+    "ulysses": Ulysses,
 }

@@ -21,6 +21,17 @@ def num_splits(axes: tuple[tuple[str, int], ...]) -> int:
     return math.prod(size for _, size in axes)
 
 
+def counted(axes: tuple[tuple[str, int], ...], length: int, axis: int) -> Array | None:
+    """Inside of a `jax.shard_map`, the numbers of so many heads (`axis` 1), queries (2) or
+    keys (3) that one device has, if these axes split them; `None` if they count from 0."""
+    if num_splits(axes) == 1:
+        return None
+    shape = [1, 1, 1, 1]
+    shape[axis] = length
+    first = lax.axis_index(tuple(name for name, _ in axes)) * length
+    return (first + jnp.arange(length, dtype=jnp.int32)).reshape(shape)
+
+
 def keys_are_split(request: Request) -> tuple[str, ...]:
     """Why a mechanism that computes on one device refuses a request, if it does."""
     if num_splits(request.split.key) == 1:
