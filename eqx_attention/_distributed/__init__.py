@@ -1,5 +1,6 @@
 from .all_gather import AllGather as AllGather
 from .auto import Auto as Auto
+from .explain import explain_shards as explain_shards
 from .local import attention_over as attention_over, local_request as local_request
 from .sharding import (
     as_sharding as as_sharding,

@@ -14,6 +14,7 @@ from .._mechanism import (
     Gradients,
     Request,
 )
+from .cost import all_gather_cost
 from .inner import as_inner, check_inner, not_split
 
 
@@ -97,6 +98,7 @@ class AllGather(AbstractMechanism):
 
     def explain(self, request: Request) -> str:
         whole = gathered_shape(request)
-        kv_len = whole.lengths[1]
-        inner = as_inner(self.inner).explain(whole)
-        return f"all_gather: {kv_len} keys of all devices on each; {inner}"
+        return (
+            f"all_gather: {whole.lengths[1]} keys of all devices on each; "
+            f"{all_gather_cost(request)}; {as_inner(self.inner).explain(whole)}"
+        )

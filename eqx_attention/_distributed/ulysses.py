@@ -3,6 +3,7 @@ import jax
 from jaxtyping import Array, Float
 
 from .._mechanism import AbstractMechanism, Blocks, Gradients, Request
+from .cost import ulysses_cost
 from .exchange import (
     exchanged,
     exchanged_shape,
@@ -129,6 +130,6 @@ class Ulysses(AbstractMechanism):
         more = f" (key heads repeated {count} times)" if count > 1 else ""
         return (
             f"ulysses: {inner.query.shape[2]} of {request.query.shape[2]} heads and "
-            f"{inner.lengths[0]} queries a device{more}; "
+            f"{inner.lengths[0]} queries a device{more}; {ulysses_cost(request)}; "
             f"{as_inner(self.inner).explain(inner)}"
         )
