@@ -6,6 +6,7 @@ from jaxtyping import Array, Float
 
 from .._mechanism import (
     AbstractMechanism,
+    again,
     Blocks,
     gather_keys,
     gather_leaf,
@@ -83,7 +84,8 @@ class AllGather(AbstractMechanism):
             return gather_pair(kv, axes), tuple(gather_leaf(x, axes) for x in leaves)
 
         # Each device has a part of the gradients of all keys: these are added in float32.
-        whole = dataclasses.replace(gather_keys(request)[0], result_dtype=request.dtype)
+        whole, _ = gather_keys(again(request, dout))
+        whole = dataclasses.replace(whole, result_dtype=request.dtype)
         grads = as_inner(self.inner).backward(whole, out, lse, dout, dlse, wrt)
         leaves = jax.tree.leaves(request.pairs)
         like = ((request.key_, request.value), tuple(leaves[n] for n in wrt))

@@ -151,7 +151,7 @@ def _kv_bytes(request: Request) -> tuple[float, float]:
     """Of the keys and values of one device; of their gradients, before they are summed."""
     k, v = request.key_, request.value
     size = math.prod(k.shape) + math.prod(v.shape)
-    return size * k.dtype.itemsize, size * request.dtype.itemsize
+    return float(size * k.dtype.itemsize), float(size * request.dtype.itemsize)
 
 
 def _row_bytes(request: Request) -> tuple[float, float]:
@@ -159,4 +159,4 @@ def _row_bytes(request: Request) -> tuple[float, float]:
     q, item = request.query, request.query.dtype.itemsize
     rows = math.prod(q.shape[:-1])
     out = rows * request.value.shape[-1] * item + rows * request.dtype.itemsize
-    return math.prod(q.shape) * item, out
+    return float(math.prod(q.shape) * item), float(out)

@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -21,12 +22,12 @@ def repeats(request: Request, n: int) -> int:
 
 
 def to_heads(arrays: Sequence[Array], axis: str, n: int) -> list[Array]:
-    """Of arrays `"batch len heads channels"`: those with equal channels, in one
+    """Of arrays `"batch len heads channels"`: those of equal lengths and channels, in one
     collective."""
     out: list[Any] = [None] * len(arrays)
     kinds: dict[Any, list[int]] = {}
     for i, x in enumerate(arrays):
-        kinds.setdefault((x.dtype, x.shape[-1]), []).append(i)
+        kinds.setdefault((x.dtype, x.shape[1], x.shape[-1]), []).append(i)
     for alike in kinds.values():
         parts = [arrays[i] for i in alike]
         parts = [x.reshape(*x.shape[:2], n, -1, x.shape[-1]) for x in parts]
@@ -78,7 +79,7 @@ def exchanged_shape(request: Request, n: int) -> Request:
 
     def moved(x, heads: int):
         batch, length, _, channels = x.shape
-        return jax.ShapeDtypeStruct((batch, length * n, heads // n, channels), x.dtype)
+        return jnp.zeros((batch, length * n, heads // n, channels), x.dtype)
 
     def leaf(x):
         if not hasattr(x, "ndim"):
@@ -88,23 +89,23 @@ def exchanged_shape(request: Request, n: int) -> Request:
         tokens = _tokens_axis(x)
         if tokens is not None:
             shape[tokens] *= n
-        return jax.ShapeDtypeStruct(tuple(shape), x.dtype)
-
-    heads = request.query.shape[2]
-    kv_heads = request.key_.shape[2] * repeats(request, n)
-    k, v = (moved(x, kv_heads) for x in (request.key_, request.value))
-    qkv = [moved(request.query, heads), k, v]
-    pairs = jax.tree.map(leaf, request.pairs)
-    head = jax.ShapeDtypeStruct((1, heads // n, 1, 1), jnp.int32)
+        return jnp.zeros(shape, x.dtype)
 
     def numbers(axes, length: int, axis: int):
-        if num_splits(axes) == 1:
-            return None
         shape = [1, 1, 1, 1]
         shape[axis] = length
-        return jax.ShapeDtypeStruct(tuple(shape), jnp.int32)
+        return None if num_splits(axes) == 1 else jnp.zeros(shape, jnp.int32)
 
-    return _request(request, qkv, pairs, head, n, numbers)
+    def fake(request: Request):
+        heads = request.query.shape[2]
+        kv_heads = request.key_.shape[2] * repeats(request, n)
+        k, v = (moved(x, kv_heads) for x in (request.key_, request.value))
+        qkv = [moved(request.query, heads), k, v]
+        pairs = jax.tree.map(leaf, request.pairs)
+        head = jnp.zeros((1, heads // n, 1, 1), jnp.int32)
+        return _request(request, qkv, pairs, head, n, numbers)
+
+    return eqx.filter_eval_shape(fake, request)
 
 
 def _request(request: Request, qkv, pairs, head, n: int, numbers: Any) -> Request:

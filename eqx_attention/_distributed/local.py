@@ -1,7 +1,7 @@
 """From a request of whole arrays to what one device holds of it, and back."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -39,7 +39,7 @@ def attention_over(
 
     def of_device(request: Request, sinks: Array | None) -> _Result:
         local = localised(request, shards)
-        merged = shards.sharding.merged if shards.size(shards.sharding.merged) > 1 else ()
+        merged = shards.sharding.merged
         if merged:
             local = dataclasses.replace(local, result_dtype=local.dtype)
         out, lse = attention(mechanism, local)
@@ -69,7 +69,7 @@ def local_request(request: Request, shards: Shards) -> Request:
     """
     found = []
 
-    def look(request: Request):
+    def look(request: Request, sinks: None):
         as_shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
         local = localised(request, shards)
         found.append(jax.tree.map(lambda x: as_shape(x) if is_array(x) else x, local))
@@ -78,7 +78,10 @@ def local_request(request: Request, shards: Shards) -> Request:
     def over_mesh(request: Request):
         return _over_mesh(look, (), shards, padded(request, shards), None)
 
-    eqx.filter_eval_shape(look if shards.inside else over_mesh, request)
+    if shards.inside:
+        eqx.filter_eval_shape(look, request, None)
+    else:
+        eqx.filter_eval_shape(over_mesh, request)
     return found[0]
 
 
@@ -163,14 +166,8 @@ def merge_over(out: Array, lse: Array, axes: tuple[str, ...]) -> _Result:
     return merge([(part[..., :-1], part[..., -1]) for part in parts])
 
 
-class _Inputs(NamedTuple):
-    request: Request
-    sinks: Array | None
-
-
 def _over_mesh(fn: Any, out_specs: Any, shards: Shards, request: Request, sinks: Any):
     """`fn(request, sinks)` of each device's part."""
-    arrays, rest = eqx.partition(_Inputs(request, sinks), is_array)
     axes = shards.sharding
     batch, heads = _entry(axes.batch), _entry(axes.heads)
     query, key = _entry(axes.query_sequence), _entry(axes.key_sequence)
@@ -182,19 +179,19 @@ def _over_mesh(fn: Any, out_specs: Any, shards: Shards, request: Request, sinks:
         entries = [e if n > 1 else None for e, n in zip(entries, x.shape)]
         return P(*entries)
 
-    names = (P(batch, query, heads), P(batch, key, heads), P(batch, key, heads))
-    specs = dataclasses.replace(
-        arrays.request,
-        query=names[0],
-        key_=names[1],
-        value=names[2],
-        pairs=jax.tree.map(leaf, arrays.request.pairs),
+    qkv = (request.query, request.key_, request.value)
+    pairs, rest = eqx.partition(request.pairs, is_array)
+    arrays = (qkv, pairs, sinks)
+    specs = (
+        (P(batch, query, heads), P(batch, key, heads), P(batch, key, heads)),
+        jax.tree.map(leaf, pairs),
+        None if sinks is None else P(heads),
     )
-    specs = _Inputs(specs, None if sinks is None else P(heads))
 
     def body(arrays):
-        request, sinks = eqx.combine(arrays, rest)
-        return fn(request) if sinks is None and not out_specs else fn(request, sinks)
+        (query, key_, value), pairs, sinks = arrays
+        parts = dict(query=query, key_=key_, value=value, pairs=eqx.combine(pairs, rest))
+        return fn(dataclasses.replace(request, **parts), sinks)
 
     mesh, ambient = shards.mesh, jax.sharding.get_abstract_mesh()
     manual = set(ambient.manual_axes)

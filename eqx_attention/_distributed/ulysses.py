@@ -2,7 +2,7 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Float
 
-from .._mechanism import AbstractMechanism, Blocks, Gradients, Request
+from .._mechanism import AbstractMechanism, again, Blocks, Gradients, Request
 from .cost import ulysses_cost
 from .exchange import (
     exchanged,
@@ -107,7 +107,7 @@ class Ulysses(AbstractMechanism):
             qkv = tuple(to_heads((q, k, v), axis, n))
             return qkv, tuple(leaf_to_heads(x, axis, n) for x in leaves)
 
-        inner = exchanged(request, axis, n)
+        inner = exchanged(again(request, dout), axis, n)
         rows = [out, dout, lse[..., None]]
         rows += [] if dlse is None else [dlse[..., None]]
         out, dout, lse, *more = to_heads(rows, axis, n)
