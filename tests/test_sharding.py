@@ -1,6 +1,5 @@
 """Attention over a mesh is attention on one device: values, gradients, dropout's bits."""
 
-import dataclasses
 import functools as ft
 import re
 
@@ -174,15 +173,10 @@ def test_how_many_collectives():
     assert found("all_gather") == ["all-gather"]
     # Those of the output and of its log-sum-exp, XLA may make one.
     assert found("ulysses") in (2 * ["all-to-all"], 3 * ["all-to-all"])
-    assert sorted(found("all_gather", grad)) == [
-        "all-gather",
-        "all-gather",
-        "reduce-scatter",
-    ]
+    *gathers, summed = sorted(found("all_gather", grad))
+    assert summed == "reduce-scatter" and set(gathers) == {"all-gather"}
+    assert len(gathers) <= 2
     assert set(found("ulysses", grad)) == {"all-to-all"}
-
-
-SHARDED = ("dp", "sp")
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
@@ -289,7 +283,7 @@ def test_explain():
         assert words in text
     imbalance = re.search(r"  all_gather: .* (\S+) times the mean work", text)
     assert imbalance is not None and float(imbalance[1]) == pytest.approx(58 / 34, abs=0.01)
-    merged = dataclasses.replace(attention, sharding=eqa.Sharding(key_sequence="sp"))
+    merged = eqa.Attention(sharding=eqa.Sharding(key_sequence="sp"), mesh=mesh)
     assert "results are merged over 'sp'" in merged.explain(*qkv)
 
 
