@@ -17,6 +17,7 @@ from ._distributed import (
     Ring as Ring,
     Sharding as Sharding,
     to_layout as to_layout,
+    Ulysses as Ulysses,
 )
 from ._dropout import dropout_mask as dropout_mask
 from ._errors import (

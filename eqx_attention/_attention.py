@@ -3,23 +3,22 @@
 from typing import Any, TYPE_CHECKING
 
 import equinox as eqx
-import jax.numpy as jnp
 import numpy as np
 from beartype import beartype as typechecker
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Bool, Float, Int, jaxtyped, PRNGKeyArray
 
+from ._call import call_of, is_empty, request_shape, run, weights
 from ._config import AttentionConfig
 from ._distributed import (
     as_sharding,
-    attention_over,
-    local_request,
+    explain_shards,
     MECHANISMS,
     Sharding,
     shards_of,
 )
 from ._mask import AbstractMask, Full
-from ._mechanism import AbstractMechanism, attention, Request, Vanilla
+from ._mechanism import AbstractMechanism
 from ._options import (
     as_dropout,
     as_dtype,
@@ -29,13 +28,9 @@ from ._options import (
     as_scale,
     as_scores,
     both_masks,
-    check_operands,
     check_options,
-    check_positions,
-    platform_of,
 )
-from ._partial import with_sinks
-from ._request import Call, check_supported, request_of
+from ._request import Call
 from ._score import AbstractScore
 from ._static import pdoc, Static, unwrap
 
@@ -111,7 +106,8 @@ def attend(
     - `kv_positions`: an integer array `"*#batch kv_len"`. Default: 0, 1, 2, …
     - `precision`: a `jax.lax.Precision` or its name, for both matrix products. Default:
         that of JAX.
-    - `mechanism`: `"auto"`, `"flash"`, `"cudnn"`, `"blockwise"`, `"vanilla"`, or an
+    - `mechanism`: `"auto"`, `"flash"`, `"cudnn"`, `"blockwise"`, `"vanilla"`, or, where a
+        sharding splits the sequence, `"ulysses"` or `"all_gather"`; or an
         [`eqx_attention.AbstractMechanism`][].
     - `sharding`: an [`eqx_attention.Sharding`][], which says which axes of a mesh split
         the batch, the heads and the tokens. Default: nothing is split.
@@ -128,7 +124,7 @@ def attend(
     **Raises:** `TypeError` for a wrong rank, axis or dtype; `ValueError` for a wrong value;
     [`eqx_attention.UnsupportedError`][] for what the mechanism does not do.
     """
-    call = _call(
+    call = call_of(
         query,
         key_,
         value,
@@ -144,7 +140,7 @@ def attend(
         precision=precision,
         shards=shards_of(sharding, mesh),
     )
-    out, lse = _run(as_mechanism(mechanism), call)
+    out, lse = run(as_mechanism(mechanism), call)
     return (out, lse) if return_lse else out
 
 
@@ -171,7 +167,7 @@ def attention_weights(
     Weights of shape `"*batch q_heads q_len kv_len"`, in at least float32. Each row sums to
     one; with sinks, to less; a row that sees no key is 0.
     """
-    call = _call(
+    call = call_of(
         query,
         key_,
         key_ if value is None else value,
@@ -183,7 +179,7 @@ def attention_weights(
         kv_positions=kv_positions,
         precision=precision,
     )
-    return _weights(call)
+    return weights(call)
 
 
 class Attention(eqx.Module):
@@ -289,7 +285,7 @@ class Attention(eqx.Module):
         """As [`eqx_attention.attend`][]. `inference=None` defers to the field."""
         positions = (q_positions, kv_positions)
         call = self._call(query, key_, value, mask, score, sinks, key, inference, positions)
-        out, lse = _run(self.mechanism, call)
+        out, lse = run(self.mechanism, call)
         return (out, lse) if return_lse else out
 
     @jaxtyped(typechecker=typechecker)
@@ -311,10 +307,12 @@ class Attention(eqx.Module):
         why, and for each other mechanism whether it could, or why not."""
         positions = (q_positions, kv_positions)
         call = self._call(query, key_, value, mask, score, sinks, key, inference, positions)
-        request = _shape_of(call)
-        lines = ["empty"] if _is_empty(call) else [self.mechanism.explain(request)]
+        request = request_shape(call)
+        lines = ["empty"] if is_empty(call) else [self.mechanism.explain(request)]
         for reason in self.mechanism.unsupported(request):
             lines.append(f"  refused: {reason}")
+        if call.shards is not None and not is_empty(call):
+            lines.append(explain_shards(request, call.shards))
         lines.append("mechanisms:")
         for name, mechanism in MECHANISMS.items():
             reasons = mechanism().unsupported(request)
@@ -324,7 +322,7 @@ class Attention(eqx.Module):
     def _call(
         self, query, key_, value, mask, score, sinks, key, inference, positions
     ) -> Call:
-        return _call(
+        return call_of(
             query,
             key_,
             value,
@@ -341,99 +339,3 @@ class Attention(eqx.Module):
             dtype=self.dtype,
             shards=shards_of(self.sharding, self.mesh),
         )
-
-
-def _call(
-    query,
-    key_,
-    value,
-    *,
-    mask,
-    score,
-    sinks,
-    scale,
-    q_positions,
-    kv_positions,
-    precision,
-    dropout=0.0,
-    key=None,
-    inference=False,
-    dtype=None,
-    shards=None,
-) -> Call:
-    check_operands(query, key_, value)
-    check_positions(q_positions, "q_positions", ("start", "end"))
-    check_positions(kv_positions, "kv_positions", (None,))
-    dropout = as_dropout(dropout)
-    dropped = dropout > 0 and not inference
-    if dropped and key is None:
-        raise ValueError(
-            f"key: expected a PRNG key, as dropout={dropout} and inference is False; got "
-            "None."
-        )
-    return Call(
-        query,
-        key_,
-        value,
-        as_mask(mask),
-        as_scores(score),
-        sinks,
-        as_scale(scale),
-        key if dropped else None,
-        q_positions if isinstance(q_positions, str) else jnp.asarray(q_positions),
-        None if kv_positions is None else jnp.asarray(kv_positions),
-        dropout if dropped else 0.0,
-        as_precision(precision),
-        dtype,
-        platform_of(shards, query, key_, value),
-        shards,
-    )
-
-
-# Compiled once for each set of shapes and static options, also where a user does not.
-@eqx.filter_jit
-def _run(mechanism: AbstractMechanism, call: Call) -> tuple[Array, Array]:
-    shape = (*call.query.shape[:-1], call.value.shape[-1])
-    request = request_of(call)
-    if _is_empty(call):
-        check_supported(mechanism, request)
-        out = jnp.zeros(shape, request.dtype)
-        lse = jnp.full(shape[:-1], -jnp.inf, request.dtype)
-        out, lse = with_sinks(out, lse, call.sinks)
-        return out.astype(call.query.dtype), lse
-    if call.shards is None:
-        check_supported(mechanism, request)
-        out, lse = attention(mechanism, request)
-        out, lse = with_sinks(out, lse, call.sinks)
-    else:
-        check_supported(mechanism, local_request(request, call.shards))
-        out, lse = attention_over(mechanism, request, call.sinks, call.shards)
-    return out.reshape(shape).astype(call.query.dtype), lse.reshape(shape[:-1])
-
-
-def _shape_of(call: Call) -> Request:
-    """What a mechanism would be asked for on each device, as shapes and dtypes."""
-    request = eqx.filter_eval_shape(request_of, call)
-    if call.shards is None or _is_empty(call):
-        return request
-    return local_request(request, call.shards)
-
-
-def _is_empty(call: Call) -> bool:
-    """Whether there is nothing to attend with, or nothing to attend to."""
-    return 0 in (*call.query.shape[:-1], call.key_.shape[-3])
-
-
-@eqx.filter_jit
-def _weights(call: Call) -> Array:
-    request = request_of(call)
-    if _is_empty(call):
-        batch, heads = call.query.shape[:-3], call.query.shape[-2]
-        return jnp.zeros((*batch, heads, *request.lengths), request.dtype)
-    weights = Vanilla().weights(request)
-    if call.sinks is not None:
-        _, lse = Vanilla().forward(request)
-        _, total = with_sinks(jnp.zeros((*lse.shape, 1), lse.dtype), lse, call.sinks)
-        weights = weights * jnp.exp(lse - total).swapaxes(1, 2)[..., None]
-    batch = call.query.shape[:-3]
-    return weights.reshape(*batch, *weights.shape[1:])

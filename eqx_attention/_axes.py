@@ -38,14 +38,12 @@ def axes(spec: str) -> Any:
 
 
 class Sizes(NamedTuple):
-    """The sizes of one call. `all_keys` is how many keys arrays of both queries and keys
-    have, where these are more than `key`."""
+    """The sizes of one call."""
 
     batch: tuple[int, ...]
     head: int
     query: int
     key: int
-    all_keys: int | None = None
 
 
 def declared(tree: Any, path: str) -> Iterator[tuple[str, str | None]]:
@@ -70,8 +68,9 @@ def declared(tree: Any, path: str) -> Iterator[tuple[str, str | None]]:
             yield path, None
 
 
-def canonical(tree: _T, sizes: Sizes, path: str) -> _T:
+def canonical(tree: _T, sizes: Sizes, path: str, all_keys: int | None = None) -> _T:
     """Brings every array of a mask or score to the axes (batch, head, query, key, *rest).
+    Those of both queries and keys have `all_keys`, if these are more than the others have.
 
     **Raises:** a `TypeError` that names the array, if it does not fit the call's sizes.
     """
@@ -84,7 +83,10 @@ def canonical(tree: _T, sizes: Sizes, path: str) -> _T:
                     f"{where} is an array, but its field declares no axes: declare them "
                     "with `axes(...)`."
                 )
-            x = _canonical(jnp.asarray(x), spec, sizes, where)
+            own = sizes
+            if all_keys is not None and {"query", "key"} <= _plain(spec):
+                own = sizes._replace(key=all_keys)
+            x = _canonical(jnp.asarray(x), spec, own, where)
         out.append(x)
     return jax.tree.unflatten(treedef, out)
 
@@ -106,6 +108,10 @@ def own_sizes(tree: Any, path: str) -> tuple[tuple[int, ...], int]:
     return batch, heads
 
 
+def _plain(spec: str) -> set[str]:
+    return {name.removeprefix("#") for name in spec.split()}
+
+
 def _canonical(x: jax.Array, spec: str, sizes: Sizes, where: str) -> jax.Array:
     names = spec.split()
     if not names:
@@ -119,7 +125,7 @@ def _canonical(x: jax.Array, spec: str, sizes: Sizes, where: str) -> jax.Array:
     batch, shape = x.shape[: x.ndim - len(names)], x.shape[x.ndim - len(names) :]
     for name, size in zip(names, shape, strict=True):
         plain = name.removeprefix("#")
-        fits = plain == "rest" or size == _size(plain, names, sizes)
+        fits = plain == "rest" or size == getattr(sizes, plain)
         if not (fits or (name != plain and size == 1)):
             _raise(x, spec, sizes, where)
     plain = [name.removeprefix("#") for name in names]
@@ -140,13 +146,6 @@ def _canonical(x: jax.Array, spec: str, sizes: Sizes, where: str) -> jax.Array:
     x = x.reshape(batch + shape)
     x = x.transpose([0, *(i + 1 for i in order)])
     return x.reshape((*batch, *core, *rest))
-
-
-def _size(name: str, names: list[str], sizes: Sizes) -> int:
-    pairwise = name == "key" and any(n.removeprefix("#") == "query" for n in names)
-    if pairwise and sizes.all_keys is not None:
-        return sizes.all_keys
-    return getattr(sizes, name)
 
 
 def _raise(x: jax.Array, spec: str, sizes: Sizes, where: str):

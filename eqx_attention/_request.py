@@ -40,10 +40,7 @@ class Call(eqx.Module):
 
     def sizes(self) -> Sizes:
         *batch, q_len, q_heads, _ = self.query.shape
-        kv_len = self.key_.shape[-3]
-        common = self.inside.sharding.common if self.inside else ()
-        all_keys = kv_len * self.inside.size(common) if self.inside else None
-        return Sizes(tuple(batch), q_heads, q_len, kv_len, all_keys)
+        return Sizes(tuple(batch), q_heads, q_len, self.key_.shape[-3])
 
     @property
     def inside(self) -> Shards | None:
@@ -81,9 +78,12 @@ def request_of(call: Call) -> Request:
         shape = (sizes.batch, sizes.head, sizes.query, sizes.key)
         drop = dropout(call.key, call.dropout, *shape, _first(call, sizes))
     q, kv = _tokens(call, sizes)
+    inside, all_keys = call.inside, None
+    if inside is not None:
+        all_keys = sizes.key * inside.size(inside.sharding.common)
     pairs = Pairs(
-        canonical(call.mask, sizes, "mask"),
-        canonical(call.score, sizes, "score"),
+        canonical(call.mask, sizes, "mask", all_keys),
+        canonical(call.score, sizes, "score", all_keys),
         scale,
         drop,
         q,

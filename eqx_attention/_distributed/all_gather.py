@@ -6,6 +6,7 @@ from jaxtyping import Array, Float
 
 from .._mechanism import (
     AbstractMechanism,
+    again,
     Blocks,
     gather_keys,
     gather_leaf,
@@ -14,6 +15,7 @@ from .._mechanism import (
     Gradients,
     Request,
 )
+from .cost import all_gather_cost
 from .inner import as_inner, check_inner, not_split
 
 
@@ -82,7 +84,8 @@ class AllGather(AbstractMechanism):
             return gather_pair(kv, axes), tuple(gather_leaf(x, axes) for x in leaves)
 
         # Each device has a part of the gradients of all keys: these are added in float32.
-        whole = dataclasses.replace(gather_keys(request)[0], result_dtype=request.dtype)
+        whole, _ = gather_keys(again(request, dout))
+        whole = dataclasses.replace(whole, result_dtype=request.dtype)
         grads = as_inner(self.inner).backward(whole, out, lse, dout, dlse, wrt)
         leaves = jax.tree.leaves(request.pairs)
         like = ((request.key_, request.value), tuple(leaves[n] for n in wrt))
@@ -97,6 +100,7 @@ class AllGather(AbstractMechanism):
 
     def explain(self, request: Request) -> str:
         whole = gathered_shape(request)
-        kv_len = whole.lengths[1]
-        inner = as_inner(self.inner).explain(whole)
-        return f"all_gather: {kv_len} keys of all devices on each; {inner}"
+        return (
+            f"all_gather: {whole.lengths[1]} keys of all devices on each; "
+            f"{all_gather_cost(request)}; {as_inner(self.inner).explain(whole)}"
+        )

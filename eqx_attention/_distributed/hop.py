@@ -130,7 +130,6 @@ class Local:
             )
         pairs = _of_step(jax.tree.unflatten(self.treedef, leaves), step, index)
         numbers = jax.tree.unflatten(self.treedef, list(range(len(leaves))))
-        numbers = _of_step(numbers, step, tuple(None if x is None else -1 for x in index))
         hop = dataclasses.replace(
             request,
             query=lax.slice_in_dim(request.query, *step.query, axis=1),
@@ -140,7 +139,7 @@ class Local:
             result_dtype=request.dtype,
             split=Split(),
         )
-        return vary(hop, self.axes), jax.tree.leaves(numbers)
+        return vary(hop, self.axes), _numbers_of_step(numbers, step)
 
     def forward(
         self, inner: AbstractMechanism, step: Step, keys: Keys, state: Partial | None
@@ -243,7 +242,6 @@ def _plus(x: Array, first: Sequence[Any], more: Array) -> Array:
 
 
 def _of_step(pairs: Pairs, step: Step, index: tuple[Any, Any]) -> Pairs:
-    """Looks at the structure alone: arrays may be anything."""
     kept = [parts(pairs.mask)[n] for n in step.kept]
     mask = kept[0] if len(kept) == 1 else And(tuple(kept)) if kept else Full()
     lengths = [b - a for a, b in (step.query, step.key)]
@@ -254,6 +252,17 @@ def _of_step(pairs: Pairs, step: Step, index: tuple[Any, Any]) -> Pairs:
             for old, length, x in zip((pairs.q, pairs.kv), lengths, index, strict=True)
         )
     return dataclasses.replace(pairs, mask=mask, q=q, kv=kv)
+
+
+def _numbers_of_step(numbers: Pairs, step: Step) -> list[int]:
+    """For each leaf of what `_of_step` gives, its number, of which `numbers` is made."""
+    kept = [parts(numbers.mask)[n] for n in step.kept]
+    tokens = []
+    if step.shift is None:
+        for side in (numbers.q, numbers.kv):
+            tokens += [*jax.tree.leaves(side.position), -1]
+    first = (kept, numbers.score, numbers.scale, numbers.dropout)
+    return [*jax.tree.leaves(first), *tokens, *jax.tree.leaves(numbers.head)]
 
 
 def _placed(x: Array, some: tuple[int, int], whole: tuple[int, int]) -> Array:

@@ -1,7 +1,7 @@
 """From a request of whole arrays to what one device holds of it, and back."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -12,7 +12,14 @@ from jaxtyping import Array
 
 from .._axes import ceil_div
 from .._mask import Padding
-from .._mechanism import AbstractMechanism, attention, Request, Split, varying_axes
+from .._mechanism import (
+    AbstractMechanism,
+    attention,
+    counted,
+    Request,
+    Split,
+    varying_axes,
+)
 from .._partial import merge, with_sinks
 from .._static import is_array
 from .._tokens import Tokens
@@ -33,7 +40,7 @@ def attention_over(
 
     def of_device(request: Request, sinks: Array | None) -> _Result:
         local = laid_out(mechanism, localised(request, shards))
-        merged = shards.sharding.merged if shards.size(shards.sharding.merged) > 1 else ()
+        merged = shards.sharding.merged
         if merged:
             local = dataclasses.replace(local, result_dtype=local.dtype)
         out, lse = attention(mechanism, local)
@@ -64,7 +71,7 @@ def local_request(request: Request, shards: Shards) -> Request:
     """
     found = []
 
-    def look(request: Request):
+    def look(request: Request, sinks: None):
         as_shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
         local = localised(request, shards)
         found.append(jax.tree.map(lambda x: as_shape(x) if is_array(x) else x, local))
@@ -73,7 +80,10 @@ def local_request(request: Request, shards: Shards) -> Request:
     def over_mesh(request: Request):
         return _over_mesh(look, (), shards, padded(request, shards), None)
 
-    eqx.filter_eval_shape(look if shards.inside else over_mesh, request)
+    if shards.inside:
+        eqx.filter_eval_shape(look, request, None)
+    else:
+        eqx.filter_eval_shape(over_mesh, request)
     return found[0]
 
 
@@ -130,7 +140,7 @@ def localised(request: Request, shards: Shards) -> Request:
         )
 
     def tokens(old: Tokens, names: tuple[str, ...], length: int, axis: int) -> Tokens:
-        index = _counted(shards, names, length, axis)
+        index = counted(shards.sized(names), length, axis)
         return Tokens(old.position, length, old.shift, index)
 
     pairs, (q_len, kv_len) = request.pairs, request.lengths
@@ -138,7 +148,7 @@ def localised(request: Request, shards: Shards) -> Request:
         pairs,
         q=tokens(pairs.q, axes.query_sequence, q_len, 2),
         kv=tokens(pairs.kv, axes.key_sequence, kv_len, 3),
-        head=_counted(shards, axes.heads, request.query.shape[2], 1),
+        head=counted(shards.sized(axes.heads), request.query.shape[2], 1),
     )
     split = Split(shards.sized(axes.query_sequence), shards.sized(axes.common))
     return dataclasses.replace(request, pairs=pairs, split=split)
@@ -158,14 +168,8 @@ def merge_over(out: Array, lse: Array, axes: tuple[str, ...]) -> _Result:
     return merge([(part[..., :-1], part[..., -1]) for part in parts])
 
 
-class _Inputs(NamedTuple):
-    request: Request
-    sinks: Array | None
-
-
 def _over_mesh(fn: Any, out_specs: Any, shards: Shards, request: Request, sinks: Any):
     """`fn(request, sinks)` of each device's part."""
-    arrays, rest = eqx.partition(_Inputs(request, sinks), is_array)
     axes = shards.sharding
     batch, heads = _entry(axes.batch), _entry(axes.heads)
     query, key = _entry(axes.query_sequence), _entry(axes.key_sequence)
@@ -177,19 +181,19 @@ def _over_mesh(fn: Any, out_specs: Any, shards: Shards, request: Request, sinks:
         entries = [e if n > 1 else None for e, n in zip(entries, x.shape)]
         return P(*entries)
 
-    names = (P(batch, query, heads), P(batch, key, heads), P(batch, key, heads))
-    specs = dataclasses.replace(
-        arrays.request,
-        query=names[0],
-        key_=names[1],
-        value=names[2],
-        pairs=jax.tree.map(leaf, arrays.request.pairs),
+    qkv = (request.query, request.key_, request.value)
+    pairs, rest = eqx.partition(request.pairs, is_array)
+    arrays = (qkv, pairs, sinks)
+    specs = (
+        (P(batch, query, heads), P(batch, key, heads), P(batch, key, heads)),
+        jax.tree.map(leaf, pairs),
+        None if sinks is None else P(heads),
     )
-    specs = _Inputs(specs, None if sinks is None else P(heads))
 
     def body(arrays):
-        request, sinks = eqx.combine(arrays, rest)
-        return fn(request) if sinks is None and not out_specs else fn(request, sinks)
+        (query, key_, value), pairs, sinks = arrays
+        parts = dict(query=query, key_=key_, value=value, pairs=eqx.combine(pairs, rest))
+        return fn(dataclasses.replace(request, **parts), sinks)
 
     mesh, ambient = shards.mesh, jax.sharding.get_abstract_mesh()
     manual = set(ambient.manual_axes)
@@ -221,16 +225,6 @@ def _padded_length(length: int, shards: Shards, axes: tuple[str, ...]) -> int:
     if n > 1 and axes == shards.sharding.common:
         each = max(each, 2)
     return n * each
-
-
-def _counted(shards: Shards, axes: tuple[str, ...], length: int, axis: int):
-    """The numbers of so many heads, queries or keys; `None` if they count from 0."""
-    if shards.size(axes) == 1:
-        return None
-    shape = [1, 1, 1, 1]
-    shape[axis] = length
-    count = shards.start(axes, length) + jnp.arange(length, dtype=jnp.int32)
-    return count.reshape(shape)
 
 
 def _check_sizes(request: Request, shards: Shards):

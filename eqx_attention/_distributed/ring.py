@@ -2,6 +2,7 @@ import dataclasses
 
 import equinox as eqx
 import jax
+from jax import lax
 from jaxtyping import Array, Float
 
 from .._dropout import Dropout
@@ -116,6 +117,10 @@ class Ring(AbstractMechanism):
         dlse: Float[Array, "batch q_len q_heads"] | None,
         wrt: tuple[int, ...],
     ) -> Gradients:
+        # Else XLA may take the keys of all devices from the forward pass, and keep them.
+        kept = (request.key_, request.value, dout)
+        key_, value, dout = lax.optimization_barrier(kept)
+        request = dataclasses.replace(request, key_=key_, value=value)
         exchange, passes = self._ready(request)
         rows = exchange.there(out, lse, dout, *([] if dlse is None else [dlse]))
         rows = Rows(rows[0], rows[1], rows[2], None if dlse is None else rows[3], wrt)
@@ -160,11 +165,11 @@ class Ring(AbstractMechanism):
             rest = f", nothing on {idle} of {n} devices" if idle else ""
             lines.append(f"  hop {hop.shift}: {text}{rest}: {how}")
         hops = sum(h.shift > 0 for h in chosen.plan.hops)
+        mib = [f"{x / 2**20:.2f} MiB" for x in (sent, sent + back)]
         head = (
-            f"ring: {hops} hops of {n - 1} over {n} devices along "
-            f"{', '.join(chosen.devices.names)}; each sends {sent / 2**20:.1f} MiB forward, "
-            f"{(sent + back) / 2**20:.1f} MiB backward; imbalance "
-            f"{chosen.plan.imbalance:.2f}; layout {chosen.why}"
+            f"ring: {hops} of {n - 1} hops over {n} devices along "
+            f"{', '.join(map(repr, chosen.devices.names))}; each sends {mib[0]} forward, "
+            f"{mib[1]} backward; imbalance {chosen.plan.imbalance:.2f}; layout {chosen.why}"
         )
         return "\n".join([head, *lines])
 
@@ -217,8 +222,8 @@ def check_layout(mechanism: AbstractMechanism, lengths: tuple[int, int], n: int)
         if length % (2 * n):
             raise ValueError(
                 f"{name}: expected a length that is a multiple of {2 * n}, as "
-                f"Ring(layout='zigzag') is asked for over {n} devices; got {length}. Pad it "
-                "before `to_layout`."
+                f"Ring(layout='zigzag') is asked for over {n} devices; got {length}. Pad "
+                "it before `to_layout`."
             )
 
 

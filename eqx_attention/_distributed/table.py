@@ -4,6 +4,7 @@ from .._mechanism import AbstractMechanism, Blockwise, CuDNN, Flash, Vanilla
 from .all_gather import AllGather
 from .auto import Auto
 from .ring import Ring
+from .ulysses import Ulysses
 
 
 MECHANISMS: dict[str, type[AbstractMechanism]] = {
@@ -14,4 +15,5 @@ MECHANISMS: dict[str, type[AbstractMechanism]] = {
     "vanilla": Vanilla,
     "all_gather": AllGather,
     "ring": Ring,
+    "ulysses": Ulysses,
 }

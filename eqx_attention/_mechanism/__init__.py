@@ -11,6 +11,8 @@ from .choose import choose as choose
 from .cudnn import CuDNN as CuDNN
 from .flash import Flash as Flash
 from .gather import (
+    again as again,
+    counted as counted,
     gather_keys as gather_keys,
     gather_leaf as gather_leaf,
     gather_pair as gather_pair,

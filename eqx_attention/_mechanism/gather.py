@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -19,6 +20,17 @@ Pair = tuple[Array, Array]
 def num_splits(axes: tuple[tuple[str, int], ...]) -> int:
     """Over how many devices the axes of a `Split` split tokens."""
     return math.prod(size for _, size in axes)
+
+
+def counted(axes: tuple[tuple[str, int], ...], length: int, axis: int) -> Array | None:
+    """Inside of a `jax.shard_map`, the numbers of so many heads (`axis` 1), queries (2) or
+    keys (3) that one device has, if these axes split them; `None` if they count from 0."""
+    if num_splits(axes) == 1:
+        return None
+    shape = [1, 1, 1, 1]
+    shape[axis] = length
+    first = lax.axis_index(tuple(name for name, _ in axes)) * length
+    return (first + jnp.arange(length, dtype=jnp.int32)).reshape(shape)
 
 
 def keys_are_split(request: Request) -> tuple[str, ...]:
@@ -40,16 +52,28 @@ def gather_keys(request: Request, *more: Pair) -> tuple[Request, tuple[Pair, ...
     return _with_all_keys(request, gathered[0], pairs), tuple(gathered[1:])
 
 
+def again(request: Request, dout: Array) -> Request:
+    """The same keys and values, in the backward pass: XLA would keep what it moved in the
+    forward pass until then, and not move it again."""
+    kv = (request.key_, request.value)
+    (key_, value), _ = lax.optimization_barrier((kv, dout))
+    return dataclasses.replace(request, key_=key_, value=value)
+
+
 def gathered_shape(request: Request) -> Request:
     """What `gather_keys` gives, as shapes and dtypes."""
     n = num_splits(request.split.key)
 
     def wider(x, axis: int):
         shape = (*x.shape[:axis], x.shape[axis] * n, *x.shape[axis + 1 :])
-        return jax.ShapeDtypeStruct(shape, x.dtype)
+        return jnp.zeros(shape, x.dtype)
 
-    pairs = jax.tree.map(lambda x: wider(x, 3) if _has_keys(x) else x, request.pairs)
-    return _with_all_keys(request, (wider(request.key_, 1), wider(request.value, 1)), pairs)
+    def gathered(request: Request):
+        leaf = lambda x: wider(x, 3) if _has_keys(x) else x  # noqa: E731
+        kv = wider(request.key_, 1), wider(request.value, 1)
+        return _with_all_keys(request, kv, jax.tree.map(leaf, request.pairs))
+
+    return eqx.filter_eval_shape(gathered, request)
 
 
 def _with_all_keys(request: Request, kv: Pair, pairs: Pairs) -> Request:
