@@ -146,7 +146,7 @@ class Local:
     ) -> Partial:
         """Adds a step to what was attended to before, which is `None` if nothing was."""
         hop, _ = self.hop(step, keys)
-        out, lse = inner.forward(hop)
+        out, lse = vary(inner.forward(hop), self.axes)
         more = (out.astype(lse.dtype), lse)
         start, end = step.query
         whole = (start, end) == (0, self.q.length)
@@ -185,7 +185,8 @@ class Local:
             for x in rows[:4]
         ]
         own = tuple(i for i, n in enumerate(numbers) if n in rows.wrt)
-        dq, dk, dv, found = inner.backward(hop, *of_step, own)
+        found = inner.backward(hop, *of_step, own)
+        dq, dk, dv, found = vary(found, self.axes)
         dtype = self.request.dtype
         dleaves = {numbers[i]: d.astype(dtype) for i, d in zip(own, found, strict=True)}
         leaves = tuple(
