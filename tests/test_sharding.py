@@ -23,9 +23,11 @@ def mesh_of(kind=AxisType.Auto, **sizes):
     return jax.make_mesh(tuple(sizes.values()), names, axis_types=(kind,) * len(names))
 
 
+COLLECTIVES = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+
+
 def collectives(compiled) -> list[str]:
-    names = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
-    return re.findall(rf" ({names})(?:-start)?\(", compiled.as_text())
+    return re.findall(rf" ({COLLECTIVES})(?:-start)?\(", compiled.as_text())
 
 
 def problem(seed: int = 1):
@@ -36,7 +38,8 @@ def problem(seed: int = 1):
     q, k, v = operands(SHAPE)
     slopes = jnp.abs(normal(heads))
     bias = normal(heads, SHAPE.q_len, SHAPE.kv_len)
-    wrt = (q, k, v, normal(heads), slopes, bias)
+    features = (normal(SHAPE.q_len), normal(batch, SHAPE.kv_len), normal(2))
+    wrt = (q, k, v, normal(heads), slopes, bias, features)
     # The queries of the last segment see no key.
     q_ids, kv_ids = (jnp.arange(n, dtype=jnp.int32) // 5 for n in (SHAPE.q_len, 10))
     given = (
@@ -49,17 +52,27 @@ def problem(seed: int = 1):
     return wrt, given
 
 
+def of_features(logit, q_pos, kv_pos, head, q_feature, kv_feature, params):
+    even = jnp.where(head % 2 == 0, params[0], params[1])
+    return logit + even * q_feature * kv_feature
+
+
 def value_and_grad(wrt, given, **options):
     q_ids, kv_ids, seen, dout, dlse = given
 
     def loss(wrt):
-        q, k, v, sinks, slopes, bias = wrt
+        q, k, v, sinks, slopes, bias, features = wrt
         out, lse = eqa.attend(
             q,
             k,
             v,
             mask=eqa.Causal(2) & eqa.Segments(q_ids, kv_ids) & eqa.Dense(seen),
-            score=(eqa.SoftCap(8.0), eqa.ALiBi(slopes), eqa.Bias(bias)),
+            score=(
+                eqa.SoftCap(8.0),
+                eqa.ALiBi(slopes),
+                eqa.Bias(bias),
+                eqa.ScoreFn(of_features, *features),
+            ),
             sinks=sinks,
             dropout=0.2,
             key=KEY,
@@ -229,7 +242,9 @@ def test_decoding_from_a_cache_that_is_split():
     cache = eqa.StaticCache.init(16, 2, 8, batch=(2,)).append(k, v)
 
     def decode(q, cache, **options):
-        return cache.attend(q, mask=eqa.SlidingWindow(3), return_lse=True, **options)
+        cache = cache.append(k[:, :1], v[:, :1])
+        options |= dict(mask=eqa.SlidingWindow(3), return_lse=True)
+        return cache.attend(q, **options), cache
 
     expected = compiled(decode, q, cache)
     tokens = NamedSharding(mesh, P(None, "sp"))
@@ -237,10 +252,28 @@ def test_decoding_from_a_cache_that_is_split():
     cache = jax.tree.map(place, cache)
     over = jax.jit(ft.partial(decode, sharding=sharding, mesh=mesh))
     assert_close(over(q, cache), expected, 1e-5)
-    program = over.lower(q, cache).compile()
-    assert collectives(program) == ["all-gather"]
-    # 4 parts of 2 sequences × 1 query × 4 heads × (8 channels and a log-sum-exp).
-    assert re.search(r"f32\[4,2,1,4,9\]\S* all-gather", program.as_text())
+    _, new = over(q, cache)
+    assert new.key_.sharding == cache.key_.sharding
+    program = over.lower(q, cache).compile().as_text()
+    # 4 parts of 2 sequences × 1 query × 4 heads × (8 channels and a log-sum-exp); and for
+    # the check that the cache is not full, a number a sequence.
+    moved = re.findall(rf"= (\S+) (?:{COLLECTIVES})\(", program)
+    moved = [re.sub(r"\{.*", "", shape) for shape in moved]
+    assert sorted(moved) in (["f32[4,2,1,4,9]"], ["f32[4,2,1,4,9]", "s32[2]"])
+
+
+def test_block_mask():
+    """It is bound to its tokens, and its table goes by their indices in the whole."""
+    mesh, sharding = mesh_of(sp=2), eqa.Sharding(sequence="sp")
+    qkv = operands(Shape((2,), 10, 10, 2, 2, 4, 4))
+    mask = eqa.block_mask(eqa.Chunked(3) | eqa.Causal(-5), 10, 10, block_q=3, block_k=2)
+    expected = compiled(lambda *qkv: eqa.attend(*qkv, mask=mask), *qkv)
+    for mechanism in ("all_gather", "ulysses"):
+        inner = eqa.Blockwise(block_q=2, block_k=3)
+        over = {"all_gather": eqa.AllGather, "ulysses": eqa.Ulysses}[mechanism](inner)
+        options = dict(mask=mask, mechanism=over, sharding=sharding, mesh=mesh)
+        got = compiled(lambda *qkv, options=options: eqa.attend(*qkv, **options), *qkv)
+        assert_close(got, expected, 1e-5)
 
 
 def test_modules_and_files(tmp_path):

@@ -67,7 +67,7 @@ class AllGather(AbstractMechanism):
     ) -> tuple[
         Float[Array, "batch q_len q_heads value_dim"], Float[Array, "batch q_len q_heads"]
     ]:
-        return as_inner(self.inner).forward(gather_keys(request)[0])
+        return as_inner(self.inner).forward(gather_keys(request, in_order=True)[0])
 
     def backward(
         self,
@@ -84,7 +84,7 @@ class AllGather(AbstractMechanism):
             return gather_pair(kv, axes), tuple(gather_leaf(x, axes) for x in leaves)
 
         # Each device has a part of the gradients of all keys: these are added in float32.
-        whole, _ = gather_keys(again(request, dout))
+        whole, _ = gather_keys(again(request, dout), in_order=True)
         whole = dataclasses.replace(whole, result_dtype=request.dtype)
         grads = as_inner(self.inner).backward(whole, out, lse, dout, dlse, wrt)
         leaves = jax.tree.leaves(request.pairs)

@@ -54,9 +54,11 @@ class Auto(AbstractMechanism):
 
     def explain(self, request: Request) -> str:
         chosen, why = self.choose(request)
-        lines = [chosen.explain(request), f"  chosen by auto: {why}"]
-        if num_splits(request.split.key) > 1:
-            lines += [f"  {name}: {cost}" for name, cost in _costs(request).items()]
+        name = type(chosen).__name__
+        if num_splits(request.split.key) == 1:
+            return f"{chosen.explain(request)}\n  chosen by auto: {why}"
+        lines = [chosen.explain(request), f"  {name} chosen by auto: {why}"]
+        lines += [f"  {name}: {cost}" for name, cost in _costs(request).items()]
         return "\n".join(lines)
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from .._mechanism import counted, num_splits, Request, Split
+from .._mechanism import counted, num_splits, Pairs, Request, Split
 from .._tokens import Tokens
 
 
@@ -67,7 +67,7 @@ def exchanged(request: Request, axis: str, n: int) -> Request:
     count = repeats(request, n)
     k, v = (repeat_heads(x, count) for x in (request.key_, request.value))
     qkv = to_heads((request.query, k, v), axis, n)
-    pairs = jax.tree.map(lambda x: leaf_to_heads(x, axis, n), request.pairs)
+    pairs = jax.tree.map(lambda x: leaf_to_heads(x, axis, n), _unnumbered(request))
     head = pairs.head
     if head is None:
         head = counted(((axis, n),), qkv[0].shape[2], 1)
@@ -101,11 +101,18 @@ def exchanged_shape(request: Request, n: int) -> Request:
         kv_heads = request.key_.shape[2] * repeats(request, n)
         k, v = (moved(x, kv_heads) for x in (request.key_, request.value))
         qkv = [moved(request.query, heads), k, v]
-        pairs = jax.tree.map(leaf, request.pairs)
+        pairs = jax.tree.map(leaf, _unnumbered(request))
         head = jnp.zeros((1, heads // n, 1, 1), jnp.int32)
         return _request(request, qkv, pairs, head, n, numbers)
 
     return eqx.filter_eval_shape(fake, request)
+
+
+def _unnumbered(request: Request) -> Pairs:
+    """Without the indices of tokens, which are counted anew."""
+    pairs = request.pairs
+    q, kv = (dataclasses.replace(x, index=None) for x in (pairs.q, pairs.kv))
+    return dataclasses.replace(pairs, q=q, kv=kv)
 
 
 def _request(request: Request, qkv, pairs, head, n: int, numbers: Any) -> Request:

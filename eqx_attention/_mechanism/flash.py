@@ -10,6 +10,7 @@ from .base import AbstractMechanism, Blocks, Gradients, Request
 from .blockwise import Blockwise
 from .gather import keys_are_split
 from .hidden import seen_queries
+from .varying import untyped
 
 
 _OLDEST_JAX = (0, 11)
@@ -91,7 +92,7 @@ class Flash(AbstractMechanism):
         from .._kernel.tuning import forward_blocks, sizes_of
 
         wide = _padded(request)
-        out, lse = forward(wide, forward_blocks(sizes_of(request)))
+        out, lse = untyped(forward, wide, forward_blocks(sizes_of(request)))
         return out[..., : request.value.shape[-1]], lse
 
     def backward(
@@ -115,7 +116,8 @@ class Flash(AbstractMechanism):
         low = jnp.where(empty, jnp.inf, lse)
         dout_ = _wider(dout_.astype(request.query.dtype), wide.value.shape[-1])
         blocks = backward_blocks(sizes, self.reproducible)
-        grads = backward_kernels(sizes).backward(wide, low, delta, dout_, blocks)
+        backward = backward_kernels(sizes).backward
+        grads = untyped(backward, wide, low, delta, dout_, blocks)
         inputs = (request.query, request.key_, request.value)
         dq, dk, dv = (
             x[..., : y.shape[-1]].astype(request.result_dtype)

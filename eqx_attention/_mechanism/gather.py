@@ -41,13 +41,18 @@ def keys_are_split(request: Request) -> tuple[str, ...]:
     return (f"keys are split over {names}, and it computes with those of one device",)
 
 
-def gather_keys(request: Request, *more: Pair) -> tuple[Request, tuple[Pair, ...]]:
+def gather_keys(
+    request: Request, *more: Pair, in_order: bool = False
+) -> tuple[Request, tuple[Pair, ...]]:
     """The request with the keys of all devices; and, likewise, pairs of arrays that are as
-    `key_` and `value` are. It is linear in each."""
+    `key_` and `value` are. It is linear in each. `in_order` says that the first device has
+    the first keys, and so on."""
     axes = tuple(name for name, _ in request.split.key)
     if num_splits(request.split.key) == 1:
         return request, more
     gathered = [gather_pair(pair, axes) for pair in ((request.key_, request.value), *more)]
+    if in_order:
+        request = _counted_keys(request)
     pairs = jax.tree.map(lambda x: gather_leaf(x, axes), request.pairs)
     return _with_all_keys(request, gathered[0], pairs), tuple(gathered[1:])
 
@@ -61,7 +66,7 @@ def again(request: Request, dout: Array) -> Request:
 
 
 def gathered_shape(request: Request) -> Request:
-    """What `gather_keys` gives, as shapes and dtypes."""
+    """What `gather_keys` gives, of keys in order, as shapes and dtypes."""
     n = num_splits(request.split.key)
 
     def wider(x, axis: int):
@@ -71,9 +76,15 @@ def gathered_shape(request: Request) -> Request:
     def gathered(request: Request):
         leaf = lambda x: wider(x, 3) if _has_keys(x) else x  # noqa: E731
         kv = wider(request.key_, 1), wider(request.value, 1)
+        request = _counted_keys(request)
         return _with_all_keys(request, kv, jax.tree.map(leaf, request.pairs))
 
     return eqx.filter_eval_shape(gathered, request)
+
+
+def _counted_keys(request: Request) -> Request:
+    kv = dataclasses.replace(request.pairs.kv, index=None)
+    return dataclasses.replace(request, pairs=dataclasses.replace(request.pairs, kv=kv))
 
 
 def _with_all_keys(request: Request, kv: Pair, pairs: Pairs) -> Request:
