@@ -6,6 +6,7 @@ Run by `_hooks.py` when the documentation is built; nothing that it prints is co
 import pathlib
 import runpy
 from collections.abc import Callable
+from typing import Any
 
 import eqx_attention as eqa
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 
 
 _q_len, _kv_len = 6, 8
+_communicating = (eqa.AllGather, eqa.Ulysses)
 
 
 def _arrays(
@@ -26,19 +28,31 @@ def _arrays(
     )
 
 
+def _over_devices(mechanism) -> dict[str, Any]:
+    """Two devices, for those mechanisms that communicate."""
+    if not isinstance(mechanism, _communicating):
+        return {}
+    mesh = jax.sharding.AbstractMesh((2,), ("devices",))
+    return dict(sharding=eqa.Sharding(sequence="devices"), mesh=mesh)
+
+
 def _forward(arrays, **options) -> Callable:
     def ask(mechanism):
+        more = options | _over_devices(mechanism)
+
         def attend(q, k, v):
-            return eqa.attend(q, k, v, mechanism=mechanism, **options)
+            return eqa.attend(q, k, v, mechanism=mechanism, **more)
 
         jax.eval_shape(attend, *arrays)
 
     return ask
 
 
-def _sum(mechanism, **options):
+def _sum(mechanism):
+    options: dict[str, Any] = {"mechanism": mechanism} | _over_devices(mechanism)
+
     def total(q, k, v):
-        out, lse = eqa.attend(q, k, v, mechanism=mechanism, return_lse=True, **options)
+        out, lse = eqa.attend(q, k, v, return_lse=True, **options)
         return jnp.sum(out) + jnp.sum(lse)
 
     return total

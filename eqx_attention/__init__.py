@@ -10,6 +10,15 @@ from ._attention import (
 from ._block_mask import block_mask as block_mask
 from ._cache import AbstractCache as AbstractCache, StaticCache as StaticCache
 from ._config import AttentionConfig as AttentionConfig
+from ._distributed import (
+    AllGather as AllGather,
+    Auto as Auto,
+    from_layout as from_layout,
+    Ring as Ring,
+    Sharding as Sharding,
+    to_layout as to_layout,
+    Ulysses as Ulysses,
+)
 from ._dropout import dropout_mask as dropout_mask
 from ._errors import (
     SerialisationError as SerialisationError,
@@ -46,7 +55,6 @@ from ._mask import (
 )
 from ._mechanism import (
     AbstractMechanism as AbstractMechanism,
-    Auto as Auto,
     Blockwise as Blockwise,
     CuDNN as CuDNN,
     Flash as Flash,

@@ -3,14 +3,22 @@
 from typing import Any, TYPE_CHECKING
 
 import equinox as eqx
-import jax.numpy as jnp
 import numpy as np
 from beartype import beartype as typechecker
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Bool, Float, Int, jaxtyped, PRNGKeyArray
 
+from ._call import call_of, is_empty, request_shape, run, weights
 from ._config import AttentionConfig
+from ._distributed import (
+    as_sharding,
+    explain_shards,
+    MECHANISMS,
+    Sharding,
+    shards_of,
+)
 from ._mask import AbstractMask, Full
-from ._mechanism import AbstractMechanism, attention, Vanilla
+from ._mechanism import AbstractMechanism
 from ._options import (
     as_dropout,
     as_dtype,
@@ -20,14 +28,9 @@ from ._options import (
     as_scale,
     as_scores,
     both_masks,
-    check_operands,
     check_options,
-    check_positions,
-    check_unsharded,
-    MECHANISMS,
-    platform_of,
 )
-from ._request import Call, check_supported, request_of, with_sinks
+from ._request import Call
 from ._score import AbstractScore
 from ._static import pdoc, Static, unwrap
 
@@ -41,6 +44,7 @@ _Sinks = Float[Array, " q_heads"] | None
 _Scale = None | float | int | np.generic | Float[Array, "..."]
 _QPositions = str | Int[Array, "..."] | Int[np.ndarray, "..."]
 _KVPositions = None | Int[Array, "..."] | Int[np.ndarray, "..."]
+_Mesh = Mesh | AbstractMesh | None
 _Out = Float[Array, "*batch q_len q_heads value_dim"]
 _Lse = Float[Array, "*batch q_len q_heads"]
 # Which of the two is a matter of `return_lse`; checked when called, free to a type checker.
@@ -67,8 +71,8 @@ def attend(
     kv_positions: _KVPositions = None,
     precision: Any = None,
     mechanism: str | AbstractMechanism = "auto",
-    sharding: Any = None,
-    mesh: Any = None,
+    sharding: Sharding | None = None,
+    mesh: _Mesh = None,
     return_lse: bool = False,
 ) -> _Result:
     r"""Scaled dot-product attention.
@@ -102,9 +106,13 @@ def attend(
     - `kv_positions`: an integer array `"*#batch kv_len"`. Default: 0, 1, 2, …
     - `precision`: a `jax.lax.Precision` or its name, for both matrix products. Default:
         that of JAX.
-    - `mechanism`: `"auto"`, `"flash"`, `"cudnn"`, `"blockwise"`, `"vanilla"`, or an
+    - `mechanism`: `"auto"`, `"flash"`, `"cudnn"`, `"blockwise"`, `"vanilla"`, or, where a
+        sharding splits the sequence, `"ulysses"` or `"all_gather"`; or an
         [`eqx_attention.AbstractMechanism`][].
-    - `sharding`, `mesh`: must be `None` in this version.
+    - `sharding`: an [`eqx_attention.Sharding`][], which says which axes of a mesh split
+        the batch, the heads and the tokens. Default: nothing is split.
+    - `mesh`: the mesh of the sharding, a `jax.sharding.Mesh`. Default: the ambient one, as
+        set by `jax.set_mesh`.
     - `return_lse`: whether to return the log-sum-exp too.
 
     **Returns:**
@@ -116,8 +124,7 @@ def attend(
     **Raises:** `TypeError` for a wrong rank, axis or dtype; `ValueError` for a wrong value;
     [`eqx_attention.UnsupportedError`][] for what the mechanism does not do.
     """
-    check_unsharded(sharding, mesh)
-    call = _call(
+    call = call_of(
         query,
         key_,
         value,
@@ -131,8 +138,9 @@ def attend(
         q_positions=q_positions,
         kv_positions=kv_positions,
         precision=precision,
+        shards=shards_of(sharding, mesh),
     )
-    out, lse = _run(as_mechanism(mechanism), call)
+    out, lse = run(as_mechanism(mechanism), call)
     return (out, lse) if return_lse else out
 
 
@@ -159,7 +167,7 @@ def attention_weights(
     Weights of shape `"*batch q_heads q_len kv_len"`, in at least float32. Each row sums to
     one; with sinks, to less; a row that sees no key is 0.
     """
-    call = _call(
+    call = call_of(
         query,
         key_,
         key_ if value is None else value,
@@ -171,7 +179,7 @@ def attention_weights(
         kv_positions=kv_positions,
         precision=precision,
     )
-    return _weights(call)
+    return weights(call)
 
 
 class Attention(eqx.Module):
@@ -189,7 +197,8 @@ class Attention(eqx.Module):
     dropout: float = eqx.field(static=True)
     precision: str | None = eqx.field(static=True)
     dtype: Any = eqx.field(static=True)
-    sharding: Any = eqx.field(static=True)
+    sharding: Sharding | None = eqx.field(static=True)
+    mesh: _Mesh = eqx.field(static=True)
 
     __pdoc__ = pdoc
 
@@ -203,8 +212,9 @@ class Attention(eqx.Module):
         dropout: float | int = 0.0,
         precision: Any = None,
         dtype: Any = None,
-        sharding: Any = None,
+        sharding: Sharding | None = None,
         inference: bool = False,
+        mesh: _Mesh = None,
     ):
         """**Arguments:** as [`eqx_attention.attend`][], and:
 
@@ -220,7 +230,8 @@ class Attention(eqx.Module):
         self.dropout = as_dropout(dropout)
         self.precision = as_precision(precision)
         self.dtype = as_dtype(dtype)
-        self.sharding = sharding
+        self.sharding = as_sharding(sharding)
+        self.mesh = mesh
         self.inference = inference
 
     def __check_init__(self):
@@ -228,9 +239,17 @@ class Attention(eqx.Module):
 
     @staticmethod
     @jaxtyped(typechecker=typechecker)
-    def from_config(config: AttentionConfig, mesh: Any = None) -> "Attention":
-        """The one way from an [`eqx_attention.AttentionConfig`][] to a module."""
-        check_unsharded(config.sharding, mesh)
+    def from_config(config: AttentionConfig, mesh: _Mesh = None) -> "Attention":
+        """The one way from an [`eqx_attention.AttentionConfig`][] to a module.
+
+        **Arguments:**
+
+        - `config`: the options.
+        - `mesh`: the mesh whose axes `config.sharding` names. Default: the ambient one,
+            when called.
+
+        **Raises:** `ValueError` if the mesh has not these axes, or there is no sharding.
+        """
         return Attention(
             mechanism=config.mechanism,
             mask=config.mask,
@@ -239,6 +258,8 @@ class Attention(eqx.Module):
             dropout=config.dropout,
             precision=config.precision,
             dtype=config.dtype,
+            sharding=config.sharding,
+            mesh=mesh,
         )
 
     @property
@@ -264,7 +285,7 @@ class Attention(eqx.Module):
         """As [`eqx_attention.attend`][]. `inference=None` defers to the field."""
         positions = (q_positions, kv_positions)
         call = self._call(query, key_, value, mask, score, sinks, key, inference, positions)
-        out, lse = _run(self.mechanism, call)
+        out, lse = run(self.mechanism, call)
         return (out, lse) if return_lse else out
 
     @jaxtyped(typechecker=typechecker)
@@ -286,10 +307,12 @@ class Attention(eqx.Module):
         why, and for each other mechanism whether it could, or why not."""
         positions = (q_positions, kv_positions)
         call = self._call(query, key_, value, mask, score, sinks, key, inference, positions)
-        request = eqx.filter_eval_shape(request_of, call)
-        lines = ["empty"] if _is_empty(call) else [self.mechanism.explain(request)]
+        request = request_shape(call)
+        lines = ["empty"] if is_empty(call) else [self.mechanism.explain(request)]
         for reason in self.mechanism.unsupported(request):
             lines.append(f"  refused: {reason}")
+        if call.shards is not None and not is_empty(call):
+            lines.append(explain_shards(request, call.shards))
         lines.append("mechanisms:")
         for name, mechanism in MECHANISMS.items():
             reasons = mechanism().unsupported(request)
@@ -299,7 +322,7 @@ class Attention(eqx.Module):
     def _call(
         self, query, key_, value, mask, score, sinks, key, inference, positions
     ) -> Call:
-        return _call(
+        return call_of(
             query,
             key_,
             value,
@@ -314,85 +337,5 @@ class Attention(eqx.Module):
             kv_positions=positions[1],
             precision=self.precision,
             dtype=self.dtype,
+            shards=shards_of(self.sharding, self.mesh),
         )
-
-
-def _call(
-    query,
-    key_,
-    value,
-    *,
-    mask,
-    score,
-    sinks,
-    scale,
-    q_positions,
-    kv_positions,
-    precision,
-    dropout=0.0,
-    key=None,
-    inference=False,
-    dtype=None,
-) -> Call:
-    check_operands(query, key_, value)
-    check_positions(q_positions, "q_positions", ("start", "end"))
-    check_positions(kv_positions, "kv_positions", (None,))
-    dropout = as_dropout(dropout)
-    dropped = dropout > 0 and not inference
-    if dropped and key is None:
-        raise ValueError(
-            f"key: expected a PRNG key, as dropout={dropout} and inference is False; got "
-            "None."
-        )
-    return Call(
-        query,
-        key_,
-        value,
-        as_mask(mask),
-        as_scores(score),
-        sinks,
-        as_scale(scale),
-        key if dropped else None,
-        q_positions if isinstance(q_positions, str) else jnp.asarray(q_positions),
-        None if kv_positions is None else jnp.asarray(kv_positions),
-        dropout if dropped else 0.0,
-        as_precision(precision),
-        dtype,
-        platform_of(query, key_, value),
-    )
-
-
-# Compiled once for each set of shapes and static options, also where a user does not.
-@eqx.filter_jit
-def _run(mechanism: AbstractMechanism, call: Call) -> tuple[Array, Array]:
-    shape = (*call.query.shape[:-1], call.value.shape[-1])
-    request = request_of(call)
-    check_supported(mechanism, request)
-    if _is_empty(call):
-        out = jnp.zeros(shape, request.dtype)
-        lse = jnp.full(shape[:-1], -jnp.inf, request.dtype)
-    else:
-        out, lse = attention(mechanism, request)
-        out, lse = out.reshape(shape), lse.reshape(shape[:-1])
-    out, lse = with_sinks(out, lse, call.sinks)
-    return out.astype(call.query.dtype), lse
-
-
-def _is_empty(call: Call) -> bool:
-    """Whether there is nothing to attend with, or nothing to attend to."""
-    return 0 in (*call.query.shape[:-1], call.key_.shape[-3])
-
-
-@eqx.filter_jit
-def _weights(call: Call) -> Array:
-    request = request_of(call)
-    if _is_empty(call):
-        batch, heads = call.query.shape[:-3], call.query.shape[-2]
-        return jnp.zeros((*batch, heads, *request.lengths), request.dtype)
-    weights = Vanilla().weights(request)
-    if call.sinks is not None:
-        _, lse = Vanilla().forward(request)
-        _, total = with_sinks(jnp.zeros((*lse.shape, 1), lse.dtype), lse, call.sinks)
-        weights = weights * jnp.exp(lse - total).swapaxes(1, 2)[..., None]
-    batch = call.query.shape[:-3]
-    return weights.reshape(*batch, *weights.shape[1:])

@@ -68,8 +68,9 @@ def declared(tree: Any, path: str) -> Iterator[tuple[str, str | None]]:
             yield path, None
 
 
-def canonical(tree: _T, sizes: Sizes, path: str) -> _T:
+def canonical(tree: _T, sizes: Sizes, path: str, all_keys: int | None = None) -> _T:
     """Brings every array of a mask or score to the axes (batch, head, query, key, *rest).
+    Those of both queries and keys have `all_keys`, if these are more than the others have.
 
     **Raises:** a `TypeError` that names the array, if it does not fit the call's sizes.
     """
@@ -82,7 +83,10 @@ def canonical(tree: _T, sizes: Sizes, path: str) -> _T:
                     f"{where} is an array, but its field declares no axes: declare them "
                     "with `axes(...)`."
                 )
-            x = _canonical(jnp.asarray(x), spec, sizes, where)
+            own = sizes
+            if all_keys is not None and {"query", "key"} <= _plain(spec):
+                own = sizes._replace(key=all_keys)
+            x = _canonical(jnp.asarray(x), spec, own, where)
         out.append(x)
     return jax.tree.unflatten(treedef, out)
 
@@ -102,6 +106,10 @@ def own_sizes(tree: Any, path: str) -> tuple[tuple[int, ...], int]:
         for name, size in zip(core, shape, strict=True):
             heads = max(heads, size) if name.removeprefix("#") == "head" else heads
     return batch, heads
+
+
+def _plain(spec: str) -> set[str]:
+    return {name.removeprefix("#") for name in spec.split()}
 
 
 def _canonical(x: jax.Array, spec: str, sizes: Sizes, where: str) -> jax.Array:

@@ -4,6 +4,7 @@ import equinox as eqx
 from jaxtyping import Array, Float
 
 from ._describe import config_from_json, config_to_json
+from ._distributed import as_sharding, Sharding
 from ._mask import AbstractMask, Full
 from ._mechanism import AbstractMechanism
 from ._options import (
@@ -38,7 +39,7 @@ class AttentionConfig(eqx.Module):
     dropout: float = eqx.field(static=True)
     precision: str | None = eqx.field(static=True)
     dtype: Any = eqx.field(static=True)
-    sharding: Any = eqx.field(static=True)
+    sharding: Sharding | None = eqx.field(static=True)
 
     def __init__(
         self,
@@ -49,7 +50,7 @@ class AttentionConfig(eqx.Module):
         dropout: float | int = 0.0,
         precision: Any = None,
         dtype: Any = None,
-        sharding: Any = None,
+        sharding: Sharding | None = None,
     ):
         """**Arguments:** as [`eqx_attention.Attention`][], with the same defaults and the
         same errors, which come here, not later."""
@@ -60,7 +61,7 @@ class AttentionConfig(eqx.Module):
         self.dropout = as_dropout(dropout)
         self.precision = as_precision(precision)
         self.dtype = as_dtype(dtype)
-        self.sharding = sharding
+        self.sharding = as_sharding(sharding)
 
     def __check_init__(self):
         check_options(self)

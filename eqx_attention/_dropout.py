@@ -39,18 +39,20 @@ def dropout(
     num_heads: int,
     q_len: int,
     kv_len: int,
+    first: tuple[Any, Any, Any, Any] = (0, 0, 0, 0),
 ) -> Dropout:
     """Batch element b has the bits of an unbatched call with the key `fold_in(key, b)`;
-    with several batch axes, one `fold_in` for each axis."""
+    with several batch axes, one `fold_in` for each axis. `first` says where a part of a
+    larger call starts, along (the first axis of) the batch, heads, queries and keys."""
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
-    for size in batch:
-        key = _fold(key, size)
+    for n, size in enumerate(batch):
+        key = _fold(key, size, first[0] if n == 0 else 0)
     keys = key.reshape(math.prod(batch))
 
     def words(side: int, length: int):
         sides = jax.vmap(jax.random.fold_in, (0, None))(keys, side)
-        tokens = _fold(_fold(sides, num_heads), length)
+        tokens = _fold(_fold(sides, num_heads, first[1]), length, first[2 + side])
         return jax.random.key_data(tokens)[..., 0]
 
     q_words, kv_words = words(0, q_len), words(1, kv_len)
@@ -91,9 +93,9 @@ def check_rate(where: str, rate: Any) -> None:
         raise ValueError(f"{where}: expected a rate in [0, 1), got {rate}.")
 
 
-def _fold(keys, size: int):
-    """Adds one axis: `fold_in(key, i)` for each key and each i below `size`."""
-    index = jnp.arange(size, dtype=jnp.uint32)
+def _fold(keys, size: int, first: Any = 0):
+    """Adds one axis: `fold_in(key, i)` for each key and so many i, from `first` on."""
+    index = jnp.asarray(first, jnp.uint32) + jnp.arange(size, dtype=jnp.uint32)
     fold = jax.vmap(jax.random.fold_in, (None, 0))
     for _ in range(keys.ndim):
         fold = jax.vmap(fold, (0, None))

@@ -7,27 +7,21 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
+from jax.sharding import Mesh
 
+from ._distributed import as_sharding, check_mesh, MECHANISMS, Shards
 from ._dropout import check_rate
-from ._errors import ShapeError, UnsupportedError
+from ._errors import ShapeError
 from ._mask import AbstractMask, Dense, Full
-from ._mechanism import AbstractMechanism, Auto, Blockwise, CuDNN, Flash, Vanilla
+from ._mechanism import AbstractMechanism
 from ._score import AbstractScore
 from ._static import is_array, is_number, Static, static_or_leaf
 
 
-MECHANISMS: dict[str, type[AbstractMechanism]] = {
-    "auto": Auto,
-    "flash": Flash,
-    "cudnn": CuDNN,
-    "blockwise": Blockwise,
-    "vanilla": Vanilla,
-}
-
-
 def check_options(options: Any) -> None:
     """What holds of each `AttentionConfig` and each `Attention`."""
-    check_unsharded(options.sharding)
+    as_sharding(options.sharding)
+    check_mesh(options.sharding, getattr(options, "mesh", None))
     as_mechanism(options.mechanism)
     as_mask(options.mask)
     as_scores(options.score)
@@ -137,17 +131,6 @@ def as_dtype(dtype: Any):
     return dtype
 
 
-def check_unsharded(sharding: Any, mesh: Any = None) -> None:
-    for name, given in (("sharding", sharding), ("mesh", mesh)):
-        if given is not None:
-            mechanisms = ", ".join(map(repr, MECHANISMS))
-            raise UnsupportedError(
-                f"{name}={given!r}: no mechanism of this version computes over a mesh of "
-                f"devices; {mechanisms} compute on one device (or under your own "
-                f"`jax.shard_map`). Leave `{name}` at None."
-            )
-
-
 def check_operands(query, key_, value) -> None:
     """What a signature's shapes cannot say."""
     dtypes = {x.dtype for x in (query, key_, value)}
@@ -181,8 +164,10 @@ def check_positions(positions: Any, name: str, words: tuple) -> None:
         )
 
 
-def platform_of(*arrays: Any) -> str:
-    """Where arrays are, or where JAX will put what is traced."""
+def platform_of(shards: Shards | None, *arrays: Any) -> str:
+    """Where the mesh is, or arrays are, or where JAX will put what is traced."""
+    if shards is not None and isinstance(shards.mesh, Mesh):
+        return shards.mesh.devices.flat[0].platform
     for x in arrays:
         if isinstance(x, jax.Array) and not isinstance(x, Tracer):
             return next(iter(x.devices())).platform

@@ -73,3 +73,13 @@ def merge(
         out = out + (weights[n] / safe)[..., None] * x
     lse = jnp.where(empty, -jnp.inf, top + jnp.log(safe))
     return out.astype(partials[0][0].dtype), lse
+
+
+def with_sinks(
+    out: Float[Array, "..."], lse: Float[Array, "..."], sinks: Array | None
+) -> tuple[Array, Array]:
+    """Sinks join once, at the end, as the partial (0, sink)."""
+    if sinks is None:
+        return out, lse
+    sinks = jnp.broadcast_to(sinks.astype(lse.dtype), lse.shape)
+    return merge([(out, lse), (jnp.zeros_like(out), sinks)])

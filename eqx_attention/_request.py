@@ -5,16 +5,15 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
 from ._axes import axes, canonical, Sizes
+from ._distributed import MECHANISMS, Shards
 from ._dropout import dropout
 from ._dtype import accumulation_dtype
 from ._errors import UnsupportedError
 from ._mask import AbstractMask
 from ._mechanism import AbstractMechanism, Pairs, Request
-from ._options import MECHANISMS
-from ._partial import merge
 from ._score import AbstractScore
 from ._static import Static
 from ._tokens import query_positions, Tokens
@@ -37,10 +36,16 @@ class Call(eqx.Module):
     precision: str | None = eqx.field(static=True)
     dtype: Any = eqx.field(static=True)
     platform: str = eqx.field(static=True)
+    shards: Shards | None = eqx.field(static=True)
 
     def sizes(self) -> Sizes:
         *batch, q_len, q_heads, _ = self.query.shape
         return Sizes(tuple(batch), q_heads, q_len, self.key_.shape[-3])
+
+    @property
+    def inside(self) -> Shards | None:
+        """How the call is split, if what it holds is one device's part already."""
+        return self.shards if self.shards is not None and self.shards.inside else None
 
 
 class _Positions(eqx.Module):
@@ -71,11 +76,14 @@ def request_of(call: Call) -> Request:
     drop = None
     if call.key is not None:
         shape = (sizes.batch, sizes.head, sizes.query, sizes.key)
-        drop = dropout(call.key, call.dropout, *shape)
+        drop = dropout(call.key, call.dropout, *shape, _first(call, sizes))
     q, kv = _tokens(call, sizes)
+    inside, all_keys = call.inside, None
+    if inside is not None:
+        all_keys = sizes.key * inside.size(inside.sharding.common)
     pairs = Pairs(
-        canonical(call.mask, sizes, "mask"),
-        canonical(call.score, sizes, "score"),
+        canonical(call.mask, sizes, "mask", all_keys),
+        canonical(call.score, sizes, "score", all_keys),
         scale,
         drop,
         q,
@@ -91,11 +99,33 @@ def request_of(call: Call) -> Request:
     return Request(query, key_, value, pairs, call.precision, call.platform, result)
 
 
+def _first(call: Call, sizes: Sizes) -> tuple[Any, Any, Any, Any]:
+    """Where in the whole the arrays of a call start: batch, heads, queries and keys."""
+    shards = call.inside
+    if shards is None:
+        return 0, 0, 0, 0
+    axes = shards.sharding
+    return (
+        shards.start(axes.batch, sizes.batch[0]) if sizes.batch else 0,
+        shards.start(axes.heads, sizes.head),
+        shards.start(axes.query_sequence, sizes.query),
+        shards.start(axes.key_sequence, sizes.key),
+    )
+
+
 def _tokens(call: Call, sizes: Sizes) -> tuple[Tokens, Tokens]:
     kv_positions = call.kv_positions
-    q_positions, shift = query_positions(
-        call.q_positions, kv_positions, sizes.query, sizes.key
-    )
+    q_len, kv_len = sizes.query, sizes.key
+    if call.inside is not None:
+        q_len *= call.inside.size(call.inside.sharding.query_sequence)
+        kv_len *= call.inside.size(call.inside.sharding.key_sequence)
+        split = (q_len, kv_len) != (sizes.query, sizes.key)
+        if split and call.q_positions == "end" and kv_positions is not None:
+            raise ValueError(
+                "q_positions: expected 'start' or an integer array, as kv_positions are "
+                "those of one device's tokens; got 'end'."
+            )
+    q_positions, shift = query_positions(call.q_positions, kv_positions, q_len, kv_len)
     if kv_positions is not None:
         kv_positions = kv_positions.astype(jnp.int32)
     positions = _Positions(q_positions, kv_positions)
@@ -114,13 +144,3 @@ def check_supported(mechanism: AbstractMechanism, request: Request) -> None:
             f"{type(mechanism).__name__} does not support this call: "
             f"{'; '.join(reasons)}. Mechanisms that do: {', '.join(able) or 'none'}."
         )
-
-
-def with_sinks(
-    out: Float[Array, "..."], lse: Float[Array, "..."], sinks: Array | None
-) -> tuple[Array, Array]:
-    """Sinks join once, at the end, as the partial (0, sink)."""
-    if sinks is None:
-        return out, lse
-    sinks = jnp.broadcast_to(sinks.astype(lse.dtype), lse.shape)
-    return merge([(out, lse), (jnp.zeros_like(out), sinks)])

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from ._attention import _call
+from ._call import call_of
 from ._device import compute_capability
 from ._mask import Causal, Full
 from ._mechanism.base import Request
@@ -46,7 +46,7 @@ def requests(shape: tuple[int, ...], masked: bool) -> tuple[Request, Array]:
         jax.random.normal(k, (batch, length, heads, dim), jnp.bfloat16)
         for k, dim in zip(keys, (head_dim, head_dim, value_dim, value_dim), strict=True)
     )
-    call = _call(
+    call = call_of(
         query,
         key_,
         value,

@@ -6,7 +6,7 @@ import pathlib
 
 import eqx_attention as eqa
 import jax.numpy as jnp
-from eqx_attention._attention import _call
+from eqx_attention._call import call_of
 from eqx_attention._request import request_of
 
 
@@ -27,7 +27,7 @@ HOPPER = [name for name, (able, *_) in CASES.SUPPORT.items() if "flash" in able]
 def make_request(q, k, v, **options):
     options = {"mask": eqa.Full(), "score": (), "sinks": None, "scale": None} | options
     positions = {"q_positions": "start", "kv_positions": None, "precision": None}
-    return request_of(_call(q, k, v, **(positions | options)))
+    return request_of(call_of(q, k, v, **(positions | options)))
 
 
 def on_hopper(request):

@@ -89,12 +89,6 @@ def test_errors_come_when_tracing():
         jax.eval_shape(lambda q: eqa.attend(q, K, V, mask=_ids(6)), Q)
 
 
-@pytest.mark.parametrize("option", ["sharding", "mesh"])
-def test_what_there_is_not_yet_is_refused(option):
-    with pytest.raises(eqa.UnsupportedError, match=option):
-        eqa.attend(Q, K, V, **{option: "dp"})
-
-
 def test_unsupported_says_who_can():
     class Picky(eqa.AbstractMechanism):
         def unsupported(self, request):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from eqx_attention import _device
+from eqx_attention import _call, _device
 from eqx_attention._kernel.pairwise import NotElementwise
 from eqx_attention._kernel.tables import table
 from eqx_attention._kernel.terms import logit_fn, Term, visible_fn
@@ -108,6 +108,34 @@ def test_transformations_lower(fn):
         assert "0.11" in " ".join(eqa.Flash().unsupported(make_request(*3 * [_small()])))
         return
     lowered = jax.jit(fn).trace(*4 * [_small()])
+    text = lowered.lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text
+
+
+@pytest.mark.parametrize(
+    "mechanism, axes",
+    (
+        (eqa.Ulysses(inner="flash"), "sequence"),
+        (eqa.AllGather(inner="flash"), "sequence"),
+        ("flash", "key_sequence"),
+        ("flash", "heads"),
+    ),
+)
+def test_lowers_over_a_mesh(mechanism, axes, hopper, monkeypatch):
+    """With tables of tiles, and numbers of heads, that differ from device to device."""
+    monkeypatch.setattr(_call, "platform_of", lambda *_: "gpu")
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    options = dict(mechanism=mechanism, sharding=eqa.Sharding(**{axes: "x"}), mesh=mesh)
+    options |= dict(mask=eqa.Causal(), score=eqa.ALiBi.standard(4))
+    attention = eqa.Attention(**options)
+    assert "flash: tiles of" in attention.explain(*3 * [_small()])
+    if not NEW:
+        return
+
+    def loss(*qkv):
+        return attention(*qkv).astype(jnp.float32).sum()
+
+    lowered = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*3 * [_small()])
     text = lowered.lower(lowering_platforms=("cuda",)).as_text()
     assert "mosaic_gpu" in text
 

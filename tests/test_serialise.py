@@ -62,6 +62,8 @@ MODULES = {
     "vanilla": lambda: eqa.Vanilla(),
     "blockwise": lambda: eqa.Blockwise(16, 32),
     "auto": lambda: eqa.Auto(),
+    "two_axes": lambda: eqa.Ulysses(inner=eqa.AllGather("blockwise")),
+    "sharding": lambda: eqa.Sharding(batch=("dp", "fsdp"), heads="tp", sequence="sp"),
     "config": lambda: eqa.AttentionConfig(mask=eqa.Causal(), score=(make("score_fn"),)),
     "attention": lambda: eqa.Attention(
         mask=eqa.Causal() & eqa.Predicate(even),

@@ -4,10 +4,12 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 from beartype import beartype
+from jax.sharding import AbstractMesh, Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, jaxtyped, PRNGKeyArray
 
 from .._attention import attend
+from .._distributed import Sharding
 from .._mask import AbstractMask, Dense, Full
 from .._tokens import both_positions
 
@@ -117,8 +119,8 @@ class AbstractCache(eqx.Module):
         q_positions: Int[Array, "*#batch q_len"] | None = None,
         precision: Any = None,
         mechanism: Any = "auto",
-        sharding: Any = None,
-        mesh: Any = None,
+        sharding: Sharding | None = None,
+        mesh: Mesh | AbstractMesh | None = None,
         return_lse: bool = False,
     ) -> Any:
         """Attends to the tokens in the cache, as [`eqx_attention.attend`][] does.

@@ -35,10 +35,14 @@ class Split(NamedTuple):
 
     Arrays of `Request.pairs` that have the axis of queries, or of keys, hold those of this
     device; but those that have both hold this device's queries and the keys of all.
+
+    `chunks` are the numbers of those chunks of the sequence that each device has, in its
+    order; by default, the first device has the first tokens, and so on.
     """
 
     query: tuple[tuple[str, int], ...] = ()
     key: tuple[tuple[str, int], ...] = ()
+    chunks: tuple[tuple[int, ...], ...] | None = None
 
 
 class Request(eqx.Module):

@@ -18,6 +18,7 @@ from .._axes import (
 )
 from .._mask import span
 from .base import AbstractMechanism, Blocks, Gradients, Request
+from .gather import keys_are_split
 from .plan import always_masked, Band, band, Grid, grid, kinds, lists, never_masked
 from .tile import heads_first, queries_by_keys, row_terms, TileOf, tokens_first
 
@@ -91,7 +92,7 @@ class Blockwise(AbstractMechanism):
                 raise ValueError(f"Blockwise({name}): expected at least 1, got {size}.")
 
     def unsupported(self, request: Request) -> tuple[str, ...]:
-        return ()
+        return keys_are_split(request)
 
     def blocks(self, request: Request) -> Blocks:
         q_len, kv_len = request.lengths

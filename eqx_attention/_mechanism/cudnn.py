@@ -8,6 +8,7 @@ from .._mask import AbstractMask, And, Causal, Full, Padding, SlidingWindow
 from .._static import Static
 from .base import AbstractMechanism, Blocks, Gradients, Request
 from .blockwise import Blockwise
+from .gather import keys_are_split
 from .hidden import again_if_nan, without_nan
 
 
@@ -35,7 +36,7 @@ class CuDNN(AbstractMechanism):
     """
 
     def unsupported(self, request: Request) -> tuple[str, ...]:
-        reasons = []
+        reasons = [*keys_are_split(request)]
         capability = compute_capability() if request.platform == "gpu" else (0, 0)
         if request.platform != "gpu":
             reasons.append(f"it runs on NVIDIA's GPUs, not on {request.platform}")

@@ -8,7 +8,9 @@ from jaxtyping import Array, Float
 from .._device import compute_capability, version_of_jax, wider_than_16_bits
 from .base import AbstractMechanism, Blocks, Gradients, Request
 from .blockwise import Blockwise
+from .gather import keys_are_split
 from .hidden import seen_queries
+from .varying import untyped
 
 
 _OLDEST_JAX = (0, 11)
@@ -56,7 +58,7 @@ class Flash(AbstractMechanism):
         self.reproducible = reproducible
 
     def unsupported(self, request: Request) -> tuple[str, ...]:
-        reasons = []
+        reasons = [*keys_are_split(request)]
         if request.platform != "gpu":
             reasons.append(f"it runs on Hopper GPUs, not on {request.platform}")
         elif (found := compute_capability()) != (9, 0):
@@ -90,7 +92,7 @@ class Flash(AbstractMechanism):
         from .._kernel.tuning import forward_blocks, sizes_of
 
         wide = _padded(request)
-        out, lse = forward(wide, forward_blocks(sizes_of(request)))
+        out, lse = untyped(forward, wide, forward_blocks(sizes_of(request)))
         return out[..., : request.value.shape[-1]], lse
 
     def backward(
@@ -114,7 +116,8 @@ class Flash(AbstractMechanism):
         low = jnp.where(empty, jnp.inf, lse)
         dout_ = _wider(dout_.astype(request.query.dtype), wide.value.shape[-1])
         blocks = backward_blocks(sizes, self.reproducible)
-        grads = backward_kernels(sizes).backward(wide, low, delta, dout_, blocks)
+        backward = backward_kernels(sizes).backward
+        grads = untyped(backward, wide, low, delta, dout_, blocks)
         inputs = (request.query, request.key_, request.value)
         dq, dk, dv = (
             x[..., : y.shape[-1]].astype(request.result_dtype)

@@ -18,12 +18,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.core import ShapedArray
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxtyping import Array
 
 from .base import AbstractMechanism, Gradients, Request
 from .tangent import tangent, transpose
-from .varying import vary, varying_axes
+from .varying import like, vary, varying_axes
 
 
 def attention(mechanism: AbstractMechanism, request: Request) -> tuple[Array, Array]:
@@ -44,13 +43,8 @@ def _forward_shape(mechanism: AbstractMechanism, request: Request):
 
 
 def _like(request: Request, shape: tuple[int, ...], dtype: Any = None) -> ShapedArray:
-    like: Any = request.query
     dtype = request.dtype if dtype is None else dtype
-    if like.manual_axis_type.empty:
-        return ShapedArray(shape, dtype)
-    sharding = NamedSharding(like.sharding.mesh, P(*(None for _ in shape)))
-    mat = {"manual_axis_type": like.manual_axis_type}
-    return ShapedArray(shape, dtype, sharding=sharding, **mat)
+    return like(request.query, shape, dtype)
 
 
 def _forward_jvp(primals, tangents):

@@ -17,6 +17,7 @@ from jaxtyping import Array
 
 from .._axes import Block, cut
 from .base import AbstractMechanism, Gradients, Request
+from .gather import gather_keys, gather_leaf
 from .plan import Grid, grid, kinds
 from .tile import heads_first, TileOf
 from .varying import vary, varying_axes
@@ -35,7 +36,13 @@ def tangent(
     wrt: tuple[int, ...],
 ) -> tuple[Array, Array]:
     """The tangents of `out` and `lse`: linear in `tangents` (of query, key and value) and
-    `tleaves` (of those leaves of `request.pairs` whose numbers are in `wrt`)."""
+    `tleaves` (of those leaves of `request.pairs` whose numbers are in `wrt`). Of keys that
+    are split over devices, with the keys of all."""
+    axes = tuple(name for name, _ in request.split.key)
+    request, (more,) = gather_keys(request, tangents[1:])
+    tangents = (tangents[0], *more)
+    if axes:
+        tleaves = tuple(gather_leaf(x, axes) for x in tleaves)
     tiles = grid(request, mechanism.blocks(request))
     counts, sizes = tiles.counts, tiles.sizes
     heads = sizes.heads * tiles.groups

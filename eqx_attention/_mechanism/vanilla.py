@@ -4,6 +4,7 @@ from jaxtyping import Array, Float
 from .._axes import Block
 from .._mask import Full
 from .base import AbstractMechanism, Blocks, Gradients, Request
+from .gather import keys_are_split
 from .tile import heads_first, queries_by_keys, row_terms, TileOf, tokens_first
 
 
@@ -30,7 +31,7 @@ class Vanilla(AbstractMechanism):
     """
 
     def unsupported(self, request: Request) -> tuple[str, ...]:
-        return ()
+        return keys_are_split(request)
 
     def forward(
         self, request: Request

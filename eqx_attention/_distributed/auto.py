@@ -1,15 +1,7 @@
 from jaxtyping import Array, Float
 
-from .base import AbstractMechanism, Blocks, Gradients, Request
-from .blockwise import Blockwise
-from .cudnn import CuDNN
-from .flash import Flash
-from .measured import faster
-from .vanilla import Vanilla, weights_bytes
-
-
-# Up to this many bytes of weights, one tile is as fast as many: benchmarks/cpu.py.
-_SMALL = 2**21
+from .._mechanism import AbstractMechanism, Blocks, choose, Gradients, num_splits, Request
+from .cost import Cost, COSTS
 
 
 class Auto(AbstractMechanism):
@@ -20,22 +12,21 @@ class Auto(AbstractMechanism):
     like the request among all that was measured. Otherwise [`eqx_attention.Vanilla`][]
     where its weights are small, as for short sequences and for few queries, and
     [`eqx_attention.Blockwise`][] where not.
+
+    Where a sharding splits the queries and the keys, the strategy that takes the least
+    time by a model of the bytes that are moved, of the operations, and of the work of the
+    busiest device; on each device, the mechanism is chosen as above.
     """
 
     def choose(self, request: Request) -> tuple[AbstractMechanism, str]:
         """The mechanism chosen, and why."""
-        both = {"flash": Flash(), "cudnn": CuDNN()}
-        able = {name: x for name, x in both.items() if not x.unsupported(request)}
-        if len(able) == 2:
-            name, why = faster(request)
-            return able[name], why
-        for kernels in able.values():
-            return kernels, "its kernels support this call"
-        size = weights_bytes(request)
-        mib, limit = size / 2**20, _SMALL / 2**20
-        if size <= _SMALL:
-            return Vanilla(), f"its weights are {mib:.2f} MiB, at most {limit:.0f} MiB"
-        return Blockwise(), f"all weights would be {mib:.1f} MiB, more than {limit:.0f} MiB"
+        if num_splits(request.split.key) == 1:
+            return choose(request)
+        costs = _costs(request)
+        best = min(costs, key=lambda name: costs[name].seconds)
+        times = (f"{name} {cost.seconds * 1e3:.3f} ms" for name, cost in costs.items())
+        why = f"forward and backward by the model: {', '.join(times)}"
+        return _strategies()[best], why
 
     def unsupported(self, request: Request) -> tuple[str, ...]:
         return self.choose(request)[0].unsupported(request)
@@ -63,4 +54,21 @@ class Auto(AbstractMechanism):
 
     def explain(self, request: Request) -> str:
         chosen, why = self.choose(request)
-        return f"{chosen.explain(request)}\n  chosen by auto: {why}"
+        name = type(chosen).__name__
+        if num_splits(request.split.key) == 1:
+            return f"{chosen.explain(request)}\n  chosen by auto: {why}"
+        lines = [chosen.explain(request), f"  {name} chosen by auto: {why}"]
+        lines += [f"  {name}: {cost}" for name, cost in _costs(request).items()]
+        return "\n".join(lines)
+
+
+def _strategies() -> dict[str, AbstractMechanism]:
+    from .table import MECHANISMS  # which has this one too
+
+    return {name: MECHANISMS[name]() for name in COSTS if name in MECHANISMS}
+
+
+def _costs(request: Request) -> dict[str, Cost]:
+    """What those strategies cost that support a request."""
+    able = [n for n, m in _strategies().items() if not m.unsupported(request)]
+    return {name: COSTS[name](request) for name in able}

@@ -1,0 +1,384 @@
+"""Attention whose sequence is split over the GPUs of one host:
+`python benchmarks/context_parallel.py --json results.json`.
+
+Batch 1, 16 heads of 128, bfloat16, causal (and a window). Times each strategy, in turn, and
+on one of the GPUs the fastest mechanism at the same length: efficiency is the time of that
+over the number of GPUs times the strategy's. First checks the strategies, at a small
+length, against one device. The file is written anew after each row.
+
+`--flags` names a set of XLA's flags, which are recorded. `xla_gpu_enable_pipelined_p2p` and
+the pipeline parallelism levels of XLA are in none of them: they decompose cycles of
+permutes, of which a mesh of two axes has several, and give wrong results.
+"""
+
+import argparse
+import datetime
+import functools as ft
+import importlib.metadata
+import json
+import os
+import pathlib
+import re
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from gpu.clock import ROUNDS, seconds
+
+
+_HIDING = ("--xla_gpu_enable_latency_hiding_scheduler=true",)
+FLAGS = {
+    "none": (),
+    # What the documentation tells users to set.
+    "hiding": _HIDING,
+    "two at once": (
+        *_HIDING,
+        "--xla_gpu_experimental_parallel_collective_overlap_limit=2",
+    ),
+    "double buffering": (*_HIDING, "--xla_gpu_enable_while_loop_double_buffering=true"),
+    "copy engines": (*_HIDING, "--xla_gpu_use_memcpy_local_p2p=true"),
+}
+HEADS, DIM = 16, 128
+WINDOW = 4096
+PASSES = {"forward": 1.0, "forward+backward": 3.5}
+# Longer ones are not timed on one device.
+LONGEST_ALONE = 131072
+# By default, and with `--quick`; the most important first.
+STRATEGIES = [
+    "ring zigzag",
+    "ring auto",
+    "ulysses",
+    "auto",
+    "ring zigzag unrolled",
+    "ring auto unrolled",
+    "ring zigzag flash",
+    "ring zigzag cudnn",
+    "all_gather",
+    "ring contiguous",
+]
+QUICK = STRATEGIES[:5]
+
+
+class Case(NamedTuple):
+    length: int
+    window: int | None = None
+
+    @property
+    def name(self) -> str:
+        return f"window {self.window}" if self.window else "causal"
+
+    @property
+    def mask(self):
+        import eqx_attention as eqa
+
+        window = eqa.SlidingWindow(self.window - 1) if self.window else None
+        return eqa.Causal() & window if window else eqa.Causal()
+
+    @property
+    def pairs(self) -> int:
+        if self.window is None:
+            return self.length * (self.length + 1) // 2
+        return self.window * self.length - self.window * (self.window - 1) // 2
+
+
+def mechanism_of(strategy: str) -> Any:
+    import eqx_attention as eqa
+
+    kind, *words = strategy.split()
+    if kind != "ring":
+        return kind
+    inner = [w for w in words if w in ("flash", "cudnn")]
+    return eqa.Ring(*inner, layout=words[0], scan="unrolled" not in words)
+
+
+class Prepared(NamedTuple):
+    """What is timed, already compiled."""
+
+    call: Callable[[], Any]
+    note: dict[str, Any]
+
+
+class Benchmark:
+    def __init__(self, devices: list[Any]):
+        import jax
+        import numpy as np
+
+        self.devices = devices
+        self.mesh = jax.sharding.Mesh(np.asarray(devices), ("sp",))
+
+    def attend(self, strategy: str, case: Case) -> Callable:
+        """`strategy` is that of all devices, or the name of a mechanism for one."""
+        import eqx_attention as eqa
+
+        if strategy in self.alone():
+            return ft.partial(eqa.attend, mask=case.mask, mechanism=strategy)
+        return ft.partial(
+            eqa.attend,
+            mask=case.mask,
+            mechanism=mechanism_of(strategy),
+            sharding=eqa.Sharding(sequence="sp"),
+            mesh=self.mesh,
+        )
+
+    def alone(self) -> tuple[str, ...]:
+        on_gpu = self.devices[0].platform == "gpu"
+        return ("flash", "cudnn") if on_gpu else ("blockwise",)
+
+    def operands(self, case: Case, strategy: str, count: int = 4, dtype: Any = None):
+        """`query, key_, value, dout`, made where they belong."""
+        import jax
+        import jax.numpy as jnp
+        from jax.sharding import NamedSharding, PartitionSpec as P, SingleDeviceSharding
+
+        where: Any = NamedSharding(self.mesh, P(None, "sp"))
+        if strategy in self.alone():
+            where = SingleDeviceSharding(self.devices[0])
+
+        @ft.partial(jax.jit, out_shardings=where)
+        def make(key):
+            shape = (1, case.length, HEADS, DIM)
+            return jax.random.normal(key, shape, dtype or jnp.bfloat16)
+
+        return [make(key) for key in jax.random.split(jax.random.key(0), count)]
+
+    def prepare(self, strategy: str, case: Case, which: str) -> Prepared:
+        import jax
+
+        attend = self.attend(strategy, case)
+        arrays = self.operands(case, strategy, 4 if "backward" in which else 3)
+
+        def both(q, k, v, dout):
+            out, pull = jax.vjp(attend, q, k, v)
+            return out, *pull(dout)
+
+        fn = jax.jit(both if "backward" in which else attend)
+        start = time.perf_counter()
+        compiled = fn.lower(*arrays).compile()
+        note = {"compile_s": time.perf_counter() - start, **_memory(compiled)}
+        return Prepared(ft.partial(compiled, *arrays), note)
+
+    def explained(self, strategy: str, case: Case) -> dict[str, Any]:
+        """What the strategy says that it sends, in MiB a device."""
+        import eqx_attention as eqa
+        import jax
+        import jax.numpy as jnp
+
+        config = eqa.AttentionConfig(
+            mask=case.mask,
+            mechanism=mechanism_of(strategy),
+            sharding=eqa.Sharding(sequence="sp"),
+        )
+        attention = eqa.Attention.from_config(config, mesh=self.mesh)
+        shape = jax.ShapeDtypeStruct((1, case.length, HEADS, DIM), jnp.bfloat16)
+        found = []
+
+        def look(q, k, v):
+            found.append(attention.explain(q, k, v))
+            return ()
+
+        jax.eval_shape(look, shape, shape, shape)
+        text = found[0].split("\nmechanisms:")[0]
+        moved = re.search(r"([\d.]+) MiB[a-z ]* forward, ([\d.]+) MiB backward", text)
+        mib = [float(x) for x in moved.groups()] if moved else None
+        return {"explain": text, "sent_mib": mib}
+
+    def errors(self, strategy: str, case: Case) -> dict[str, float]:
+        """Those of the output and of the gradients, relative to those of plain attention in
+        bfloat16: against plain attention in float32."""
+        import eqx_attention as eqa
+        import jax
+        import jax.numpy as jnp
+
+        n = len(self.devices)
+        arrays = self.operands(case, self.alone()[0])
+        plain = ft.partial(eqa.attend, mask=case.mask, mechanism="vanilla")
+        attend = self.attend(strategy, case)
+
+        def run(attend, arrays, laid_out=lambda x: x, back=lambda x: x):
+            def fn(*arrays):
+                *qkv, dout = (laid_out(x) for x in arrays)
+                out, pull = jax.vjp(attend, *qkv)
+                return [back(x).astype(jnp.float32) for x in (out, *pull(dout))]
+
+            return jax.jit(fn)(*arrays)
+
+        wide = [x.astype(jnp.float32) for x in arrays]
+        with jax.default_matmul_precision("highest"):
+            want = run(plain, wide)
+        reference = run(plain, arrays)
+        split = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
+        arrays = [jax.device_put(x, split) for x in arrays]
+        moves = ()
+        if "zigzag" in strategy:
+            moves = (ft.partial(eqa.to_layout, n=n, axis=1),)
+            moves += (ft.partial(eqa.from_layout, n=n, axis=1),)
+        got = run(attend, arrays, *moves)
+        names = ("out", "dq", "dk", "dv")
+        ratios = {}
+        for name, g, r, w in zip(names, got, reference, want, strict=True):
+            g, r, w = (jax.device_get(x) for x in (g, r, w))
+            ratios[name] = float(abs(g - w).max() / max(abs(r - w).max(), 1e-30))
+        return ratios
+
+
+def _memory(compiled: Any) -> dict[str, Any]:
+    """GiB of each device, as XLA plans it."""
+    stats = compiled.memory_analysis()
+    if stats is None:
+        return {}
+    sizes = {
+        "temporaries_gib": stats.temp_size_in_bytes,
+        "arguments_gib": stats.argument_size_in_bytes,
+        "results_gib": stats.output_size_in_bytes,
+    }
+    return {name: size / 2**30 for name, size in sizes.items()}
+
+
+class Results:
+    """What was measured, in a file that is whole at any time."""
+
+    def __init__(self, path: pathlib.Path, head: dict[str, Any]):
+        self.path, self.found = path, {**head, "errors": [], "rows": [], "failures": []}
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def add(self, kind: str, row: dict[str, Any]) -> None:
+        self.found[kind].append(row)
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.found, indent=1) + "\n")
+        os.replace(temporary, self.path)
+
+    def failed(self, error: Exception, **row: Any) -> None:
+        text = " ".join(str(error).split())[:600]
+        print(f"failed: {row}: {text[:200]}", flush=True)
+        self.add("failures", {**row, "error": f"{type(error).__name__}: {text}"})
+
+
+def check_all(bench: Benchmark, results: Results, strategies: list[str], shrink: int):
+    n = len(bench.devices)
+    for case in (Case(n * 512 // shrink), Case(n * 512 // shrink, 384 // shrink)):
+        for strategy in strategies:
+            at = {"strategy": strategy, "mask": case.name, "length": case.length}
+            try:
+                ratios = bench.errors(strategy, case)
+            except (RuntimeError, TypeError, ValueError) as error:
+                results.failed(error, **at)
+                continue
+            results.add("errors", {**at, "ratio to plain bfloat16": ratios})
+            text = " ".join(f"{name} {x:.2f}" for name, x in ratios.items())
+            print(f"errors of {strategy}, {case.name}: {text}", flush=True)
+
+
+def time_case(
+    bench: Benchmark, results: Results, case: Case, which: str, strategies: list[str]
+) -> None:
+    import jax
+
+    alone = bench.alone() if case.length <= LONGEST_ALONE else ()
+    made: dict[str, Prepared] = {}
+    at = {"mask": case.name, "length": case.length, "pass": which}
+    for strategy in (*alone, *strategies):
+        try:
+            made[strategy] = bench.prepare(strategy, case, which)
+            jax.block_until_ready(made[strategy].call())
+        except (RuntimeError, TypeError, ValueError) as error:
+            made.pop(strategy, None)
+            results.failed(error, strategy=strategy, **at)
+    times: dict[str, list[float]] = {name: [] for name in made}
+    rounds = ROUNDS if case.length <= LONGEST_ALONE else 1
+    for _ in range(rounds):
+        for name, prepared in made.items():
+            times[name].append(seconds(prepared.call, jax.block_until_ready))
+    medians = {name: statistics.median(x) for name, x in times.items()}
+    best = min((medians[name], name) for name in alone) if alone and medians else None
+    flops = 4 * case.pairs * HEADS * DIM * PASSES[which]
+    for name, median in medians.items():
+        count = 1 if name in alone else len(bench.devices)
+        row = {"strategy": name, "devices": count, **at, "ms": median * 1e3}
+        row |= {"rounds_ms": [x * 1e3 for x in times[name]]}
+        row |= {"tflops_a_device": flops / count / median / 1e12, **made[name].note}
+        text = ""
+        if count > 1:
+            row |= bench.explained(name, case)
+            if best is not None:
+                row["efficiency"] = best[0] / (count * median)
+                row["against"] = best[1]
+                text = f"  {row['efficiency']:.3f} of {count} times {best[1]}"
+        results.add("rows", row)
+        print(
+            f"{case.length:>8} {case.name:<12} {which:<17} {name:<22} "
+            f"{row['ms']:>10.3f} ms {row['tflops_a_device']:>6.0f} TF/s a device{text}",
+            flush=True,
+        )
+
+
+def cases_of(lengths: list[int], window_length: int) -> list[tuple[Case, str]]:
+    """The long ones last, and of these the backward pass first."""
+    short = [Case(x) for x in lengths if x <= LONGEST_ALONE]
+    short += [Case(window_length, WINDOW)] if window_length else []
+    out = [(case, which) for case in short for which in PASSES]
+    long = [Case(x) for x in lengths if x > LONGEST_ALONE]
+    return out + [(case, which) for case in long for which in reversed(PASSES)]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Attention over the GPUs of one host.")
+    parser.add_argument("--json", type=pathlib.Path, required=True)
+    parser.add_argument("--devices", choices=["gpu", "cpu"], default="gpu")
+    parser.add_argument("--count", type=int, help="how many devices; default: all (cpu: 4)")
+    lengths = [32768, 131072, 1048576]
+    parser.add_argument("--lengths", type=int, nargs="*", default=lengths)
+    parser.add_argument("--window-length", type=int, default=131072, help="0 for none")
+    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES)
+    parser.add_argument("--flags", choices=list(FLAGS), default="hiding")
+    parser.add_argument("--quick", action="store_true", help="fewer strategies")
+    parser.add_argument("--no-check", action="store_true", help="only times")
+    parser.add_argument("--trace", type=pathlib.Path, help="profiles one strategy there")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    flags = [os.environ.get("XLA_FLAGS", "")]
+    if args.devices == "gpu":
+        flags += FLAGS[args.flags]
+    else:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        flags += [f"--xla_force_host_platform_device_count={args.count or 4}"]
+    os.environ["XLA_FLAGS"] = " ".join(flags).strip()
+    import jax
+
+    devices = jax.devices(args.devices)[: args.count]
+    strategies = args.strategies or (QUICK if args.quick else STRATEGIES)
+    if args.devices == "cpu":
+        strategies = [s for s in strategies if not s.endswith(("flash", "cudnn"))]
+    head = {
+        "date": datetime.date.today().isoformat(),
+        "device": devices[0].device_kind,
+        "devices": len(devices),
+        "shape": {"batch": 1, "heads": HEADS, "dim": DIM, "dtype": "bfloat16"},
+        "flags": args.flags,
+        "XLA_FLAGS": os.environ["XLA_FLAGS"],
+        "versions": {x: importlib.metadata.version(x) for x in ("jax", "jaxlib")},
+    }
+    bench, results = Benchmark(devices), Results(args.json, head)
+    if args.trace is not None:
+        case = Case(args.lengths[0])
+        for strategy in strategies:
+            prepared = bench.prepare(strategy, case, "forward+backward")
+            jax.block_until_ready(prepared.call())
+            from gpu.timeline import timeline
+
+            found = timeline(prepared.call, args.trace / strategy.replace(" ", "_"))
+            results.add("rows", {"strategy": strategy, "length": case.length, **found})
+            print(strategy, json.dumps(found["summary"]), flush=True)
+        return
+    if not args.no_check:
+        check_all(bench, results, strategies, 8 if args.devices == "cpu" else 1)
+    for case, which in cases_of(args.lengths, args.window_length):
+        time_case(bench, results, case, which, strategies)
+    print(f"wrote {args.json}")
+
+
+if __name__ == "__main__":
+    main()

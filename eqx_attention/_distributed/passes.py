@@ -1,0 +1,232 @@
+"""The two passes of a ring: which keys go where, and what is computed meanwhile.
+
+What is sent never depends on what is computed of the keys that are already here, so that
+both can be done at once.
+"""
+
+import functools as ft
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Int
+
+from .._mechanism import AbstractMechanism
+from .cargo import Cargo
+from .hop import Keys, Local, Partial, Rows, Sums
+from .plan import halves, Hop, Plan, Step
+
+
+# As many kinds of steps may be in the code of a loop, not to have more code than hops.
+_KINDS = 3
+
+
+class Todo(NamedTuple):
+    """The steps of a hop, and the number of that of each device."""
+
+    which: Int[Array, " devices"]
+    steps: tuple[Step | None, ...]
+
+
+class Passes:
+    """A device's part of a request, and the plan of its hops: `loose` is the same plan
+    without what is special to one hop, for a loop over them."""
+
+    def __init__(
+        self,
+        inner: AbstractMechanism,
+        local: Local,
+        plan: Plan,
+        loose: Plan,
+        scan: bool,
+    ):
+        self.inner, self.local, self.plan, self.loose = inner, local, plan, loose
+        self.scan, self.devices = scan, local.devices
+
+    def forward(self) -> Partial:
+        """`(out, lse)` over all keys."""
+        hops, own = self.plan.hops, self._own()
+
+        def visit(todo: Todo, keys: Keys, state: Partial | None) -> Partial:
+            def attend(step, state):
+                if step is None:
+                    return self.local.nothing() if state is None else state
+                return self.local.forward(self.inner, step, keys, state)
+
+            if len(todo.steps) > 1 and state is None:
+                state = self.local.nothing()
+            return self._switch(todo, attend, state)
+
+        if self.plan.uniform:
+            coming = self._onward(own) if len(hops) > 1 else own
+            state = visit(_todo(hops[0]), own, None)
+            return self._around(hops[1:], coming, state, visit)
+        state = None
+        for hop, keys in self._directly(hops, own):
+            state = visit(_todo(hop), keys, state)
+        return self.local.nothing() if state is None else state
+
+    def backward(self, rows: Rows) -> tuple[Sums, list[Array]]:
+        """The gradients that stay on this device, and those of its own keys.
+
+        Of its own keys a device computes one part while the first keys are on their way
+        to it, the other while the last gradients are."""
+        hops, own, sums = self.plan.hops, self._own(), self.local.no_sums(rows.wrt)
+
+        def gradient(todo: Todo, keys: Keys, sums: Sums) -> tuple[Sums, list[Array]]:
+            def differentiate(step, sums):
+                if step is None:
+                    return sums, self.local.no_gradients(keys, rows.wrt)
+                return self.local.backward(self.inner, step, keys, rows, sums)
+
+            return self._switch(todo, differentiate, sums)
+
+        if not self.plan.uniform:
+            return self._backward_directly(own, rows, sums, gradient)
+        if len(hops) == 1:
+            return gradient(_todo(hops[0]), own, sums)
+        first, last = self._halved(hops[0])
+
+        def visit(todo: Todo, keys: Keys, carry):
+            """What is computed of keys is added to what was at the hop before, by another
+            device."""
+            sums, sent = carry
+            sent = sent.sent(self.devices, self._next())
+            sums, goes = gradient(todo, keys, sums)
+            return sums, Cargo(_added(goes, sent.arrays()))
+
+        keys = self._onward(own)
+        sums, mine = gradient(first, own, sums)
+        coming = self._onward(keys) if len(hops) > 2 else keys
+        sums, goes = gradient(_todo(hops[1]), keys, sums)
+        sums, sent = self._around(hops[2:], coming, (sums, Cargo(goes)), visit)
+        back = sent.sent(self.devices, self._next())
+        sums, more = gradient(last, own, sums)
+        return sums, _added(_added(mine, more), back.arrays())
+
+    def _backward_directly(self, own: Keys, rows: Rows, sums: Sums, gradient: Callable):
+        here = [hop for hop in self.plan.hops if not hop.shift]
+        away = [hop for hop in self.plan.hops if hop.shift]
+        of_own = [_todo(hop) for hop in here]
+        if away:
+            of_own = [todo for hop in here for todo in self._halved(hop)]
+        mine, back = self.local.no_gradients(own, rows.wrt), []
+        for todo in of_own[:1]:
+            sums, goes = gradient(todo, own, sums)
+            mine = _added(mine, goes)
+        for hop, keys in self._directly(away, own):
+            sums, goes = gradient(_todo(hop), keys, sums)
+            to = self.devices.onward(-hop.shift)
+            back.append((Cargo(goes).sent(self.devices, to), hop.keys))
+        for todo in of_own[1:]:
+            sums, goes = gradient(todo, own, sums)
+            mine = _added(mine, goes)
+        for sent, keys in back:
+            mine = _onto(mine, sent.arrays(), keys)
+        return sums, mine
+
+    def _around(self, hops: Sequence[Hop], coming: Keys, carry: Any, visit: Callable):
+        """Visits hops, each with the keys of the one before sent on by one device."""
+        if not hops:
+            return carry
+        *middle, last = hops
+        loop = self._loop(middle) if self.scan else None
+        if loop is None:
+            for hop in middle:
+                keys, coming = coming, self._onward(coming)
+                carry = visit(_todo(hop), keys, carry)
+        else:
+
+            def body(loop_carry, xs):
+                carry, cargo = loop_carry
+                shift, which = xs
+                keys = self._keys(shift, cargo)
+                coming = self._onward(keys)
+                carry = visit(Todo(which, loop.steps), keys, carry)
+                return (carry, coming.cargo), None
+
+            shifts = jnp.asarray([hop.shift for hop in middle], jnp.int32)
+            start = (carry, coming.cargo)
+            (carry, cargo), _ = lax.scan(body, start, (shifts, loop.which))
+            coming = self._keys(last.shift, cargo)
+        return visit(_todo(last), coming, carry)
+
+    def _loop(self, hops: Sequence[Hop]) -> Todo | None:
+        """What all of these hops do; `None` if a loop would not be shorter."""
+        if len(hops) < 2:
+            return None
+        for plan in (self.plan, self.loose):
+            if not plan.uniform:
+                continue
+            alike = [plan.hops[hop.shift] for hop in hops]
+            steps = tuple(dict.fromkeys(s for hop in alike for s in hop.steps))
+            if len(steps) <= _KINDS or plan is self.loose:
+                which = [[steps.index(hop.steps[w]) for w in hop.which] for hop in alike]
+                return Todo(jnp.asarray(which, jnp.int32), steps)
+        return None
+
+    def _directly(self, hops: Sequence[Hop], own: Keys) -> Iterator[tuple[Hop, Keys]]:
+        """Hops, each with the keys of the device from which they are needed, and no
+        others: those of the next one are on their way when one is given."""
+        fetched = [self._fetched(hop, own) for hop in hops[:1]]
+        for hop, after in zip(hops, [*hops[1:], None], strict=True):
+            if after is not None:
+                fetched.append(self._fetched(after, own))
+            yield hop, fetched.pop(0)
+
+    def _fetched(self, hop: Hop, own: Keys) -> Keys:
+        if hop.shift == 0:
+            return own
+        cargo = self.local.keys(*hop.keys).cargo
+        cargo = cargo.sent(self.devices, self.devices.onward(hop.shift))
+        return Keys((own.owner - hop.shift) % self.devices.count, hop.keys, cargo)
+
+    def _own(self) -> Keys:
+        return self.local.keys(0, self.local.kv.length)
+
+    def _keys(self, shift: Any, cargo: Cargo) -> Keys:
+        owner = (self.local.me - shift) % self.devices.count
+        return Keys(owner, (0, self.local.kv.length), cargo)
+
+    def _next(self) -> tuple[int, ...]:
+        return self.devices.onward(1)
+
+    def _onward(self, keys: Keys) -> Keys:
+        """The keys that the device before has."""
+        owner = (keys.owner - 1) % self.devices.count
+        return Keys(owner, keys.tokens, keys.cargo.sent(self.devices, self._next()))
+
+    def _halved(self, hop: Hop) -> tuple[Todo, Todo]:
+        """What devices do of their own keys: first, and at the end."""
+        mask = self.local.request.pairs.mask
+        both = zip(*(halves(step, mask) for step in hop.steps), strict=True)
+        which = jnp.asarray(hop.which, jnp.int32)
+        first, last = (Todo(which, steps) for steps in both)
+        return first, last
+
+    def _switch(self, todo: Todo, fn: Callable, state: Any) -> Any:
+        branches = [ft.partial(fn, step) for step in todo.steps]
+        if len(branches) == 1:
+            return branches[0](state)
+        return lax.switch(todo.which[self.local.me], branches, state)
+
+
+def _todo(hop: Hop) -> Todo:
+    return Todo(jnp.asarray(hop.which, jnp.int32), hop.steps)
+
+
+def _added(xs: Sequence[Array], ys: Sequence[Array]) -> list[Array]:
+    return [x + y for x, y in zip(xs, ys, strict=True)]
+
+
+def _onto(whole: Sequence[Array], some: Sequence[Array], keys: tuple[int, int]):
+    """Adds the gradients of some keys, and of what belongs to them, to those of all."""
+
+    def one(x, y, axis):
+        widths = [(0, 0)] * x.ndim
+        widths[axis] = (keys[0], x.shape[axis] - keys[1])
+        return x + jnp.pad(y, widths)
+
+    axes = [1, 1] + [3] * (len(whole) - 2)
+    return [one(*xs) for xs in zip(whole, some, axes, strict=True)]

@@ -1,0 +1,19 @@
+"""The names of mechanisms."""
+
+from .._mechanism import AbstractMechanism, Blockwise, CuDNN, Flash, Vanilla
+from .all_gather import AllGather
+from .auto import Auto
+from .ring import Ring
+from .ulysses import Ulysses
+
+
+MECHANISMS: dict[str, type[AbstractMechanism]] = {
+    "auto": Auto,
+    "flash": Flash,
+    "cudnn": CuDNN,
+    "blockwise": Blockwise,
+    "vanilla": Vanilla,
+    "all_gather": AllGather,
+    "ring": Ring,
+    "ulysses": Ulysses,
+}
