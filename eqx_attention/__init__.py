@@ -15,6 +15,7 @@ from ._errors import (
     SerialisationError as SerialisationError,
     UnsupportedError as UnsupportedError,
 )
+from ._keys import AbstractKeys as AbstractKeys, Paged as Paged, Quantized as Quantized
 from ._layers import (
     AbstractRotaryScaling as AbstractRotaryScaling,
     blockwise as blockwise,
@@ -49,6 +50,7 @@ from ._mechanism import (
     Auto as Auto,
     Blockwise as Blockwise,
     CuDNN as CuDNN,
+    Decode as Decode,
     Flash as Flash,
     Vanilla as Vanilla,
 )
