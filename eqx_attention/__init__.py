@@ -8,7 +8,13 @@ from ._attention import (
     attention_weights as attention_weights,
 )
 from ._block_mask import block_mask as block_mask
-from ._cache import AbstractCache as AbstractCache, StaticCache as StaticCache
+from ._cache import (
+    AbstractCache as AbstractCache,
+    PagedCache as PagedCache,
+    QuantizedCache as QuantizedCache,
+    RollingCache as RollingCache,
+    StaticCache as StaticCache,
+)
 from ._config import AttentionConfig as AttentionConfig
 from ._dropout import dropout_mask as dropout_mask
 from ._errors import (

@@ -89,6 +89,7 @@ class Quantized(AbstractKeys):
     """
 
     values: Array
+    """int8; or uint8, the bits of float8_e4m3fn, which not every operation knows."""
     scale: Array
     dtype: Any = eqx.field(static=True)
 
@@ -101,12 +102,15 @@ class Quantized(AbstractKeys):
 
         **Raises:** `TypeError` if the dtypes or the shapes are not these.
         """
+        if values.dtype == _FP8:
+            values = lax.bitcast_convert_type(values, jnp.uint8)
         self.values = values
         self.scale = scale
         self.dtype = jnp.dtype(dtype)
 
     def __check_init__(self):
-        check_stored_dtype("Quantized(values)", self.values.dtype)
+        if self.values.dtype != jnp.uint8:
+            check_stored_dtype("Quantized(values)", self.values.dtype)
         if self.values.ndim < 3:
             raise TypeError(
                 "Quantized(values): expected the shape (*batch, kv_len, kv_heads, "
@@ -128,6 +132,11 @@ class Quantized(AbstractKeys):
     @property
     def shape(self) -> tuple[int, ...]:
         return self.values.shape
+
+    @property
+    def stored(self) -> Any:
+        """The dtype of what is stored: int8 or float8_e4m3fn."""
+        return _FP8 if self.values.dtype == jnp.uint8 else self.values.dtype
 
     def block(
         self, starts: tuple[Any, Any, Any], sizes: tuple[int, int, int]
@@ -301,7 +310,10 @@ def dense(x: Keys) -> Array:
 def dequantized(x: Array | Quantized) -> Array:
     if not isinstance(x, Quantized):
         return x
-    return (x.values.astype(x.scale.dtype) * x.scale).astype(x.dtype)
+    values = x.values
+    if x.stored == _FP8:
+        values = lax.bitcast_convert_type(values, _FP8)
+    return (values.astype(x.scale.dtype) * x.scale).astype(x.dtype)
 
 
 def check_stored_dtype(where: str, dtype: Any) -> None:
@@ -325,4 +337,5 @@ def quantize(x: Float[Array, "... channels"], stored: DTypeLike) -> Quantized:
     return Quantized(scaled.astype(stored), scale, x.dtype)
 
 
-_LARGEST = {jnp.dtype(jnp.int8): 127.0, jnp.dtype(jnp.float8_e4m3fn): 448.0}
+_FP8 = jnp.dtype(jnp.float8_e4m3fn)
+_LARGEST = {jnp.dtype(jnp.int8): 127.0, _FP8: 448.0}

@@ -70,8 +70,8 @@ def merge(
 
 
 def merge_stacked(
-    outs: Float[Array, "partials *rows value_dim"], lses: Float[Array, "partials *rows"]
-) -> tuple[Float[Array, "*rows value_dim"], Float[Array, "*rows"]]:
+    outs: Float[Array, "partials ... value_dim"], lses: Float[Array, "partials ..."]
+) -> tuple[Float[Array, "... value_dim"], Float[Array, "..."]]:
     """`merge` of partials that are stacked along the first axis."""
     weights, lse = _weights(lses)
     outs = jnp.where(jnp.isneginf(lses)[..., None], 0, outs)
@@ -79,8 +79,8 @@ def merge_stacked(
 
 
 def _weights(
-    lses: Float[Array, "partials *rows"],
-) -> tuple[Float[Array, "partials *rows"], Float[Array, "*rows"]]:
+    lses: Float[Array, "partials ..."],
+) -> tuple[Float[Array, "partials ..."], Float[Array, "..."]]:
     """How much each partial counts, and the log-sum-exp of all."""
     top = lax.stop_gradient(lses.max(axis=0))
     top = jnp.where(jnp.isneginf(top), 0, top)

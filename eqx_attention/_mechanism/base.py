@@ -96,9 +96,8 @@ def stored_unsupported(request: Request) -> tuple[str, ...]:
     """Why mechanisms that need arrays of all keys refuse, if they do."""
     for name, x in (("key_", request.key_), ("value", request.value)):
         if is_stored(x):
-            return (
-                f"it needs arrays of keys and values, and {name} is {type(x).__name__}",
-            )
+            kind = type(x).__name__
+            return (f"it needs arrays of keys and values, and {name} is {kind}",)
     return ()
 
 
