@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Int32, jaxtyped
 
 from .._axes import ceil_div
-from .._keys import Keys, Paged, Quantized
+from .._keys import flat, Keys, Paged, Quantized
 from .._mask import AbstractMask, Padding
 from .base import AbstractCache
 from .checks import (
@@ -170,8 +170,7 @@ class PagedCache(AbstractCache):
         buffers = []
         for pool, new in ((self.key_, key_), (self.value, value)):
             pool = copy_pages(pool, plan)
-            new = jax.tree.map(lambda x: x.reshape(-1, *x.shape[-3:]), new)
-            buffers.append(write_tokens(pool, new, plan.table, start, added))
+            buffers.append(write_tokens(pool, flat(new), plan.table, start, added))
         return PagedCache(
             key_=buffers[0],
             value=buffers[1],
