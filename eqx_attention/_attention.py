@@ -17,6 +17,7 @@ from ._distributed import (
     Sharding,
     shards_of,
 )
+from ._keys import Keys
 from ._mask import AbstractMask, Full
 from ._mechanism import AbstractMechanism
 from ._options import (
@@ -36,8 +37,8 @@ from ._static import pdoc, Static, unwrap
 
 
 _Query = Float[Array, "*batch q_len q_heads head_dim"]
-_Key = Float[Array, "*batch kv_len kv_heads head_dim"]
-_Value = Float[Array, "*batch kv_len kv_heads value_dim"]
+_Key = Float[Keys, "*batch kv_len kv_heads head_dim"]
+_Value = Float[Keys, "*batch kv_len kv_heads value_dim"]
 _Mask = AbstractMask | Bool[Array, "..."] | Bool[np.ndarray, "..."]
 _Score = AbstractScore | tuple[AbstractScore, ...] | list[AbstractScore]
 _Sinks = Float[Array, " q_heads"] | None
@@ -87,9 +88,10 @@ def attend(
     **Arguments:**
 
     - `query`: `"*batch q_len q_heads head_dim"`. Any number of batch axes, or none.
-    - `key_`: `"*batch kv_len kv_heads head_dim"`. Query head `h` reads key head
+    - `key_`: `"*batch kv_len kv_heads head_dim"`, an array or
+        [`eqx_attention.AbstractKeys`][]. Query head `h` reads key head
         `h // (q_heads // kv_heads)`.
-    - `value`: `"*batch kv_len kv_heads value_dim"`.
+    - `value`: `"*batch kv_len kv_heads value_dim"`. As keys, arrays or as they are stored.
     - `mask`: which pairs are visible: an [`eqx_attention.AbstractMask`][], or a boolean
         array that broadcasts against `"*batch q_heads q_len kv_len"`. Default: all.
     - `score`: an [`eqx_attention.AbstractScore`][] or a tuple, which applies in order.
@@ -106,9 +108,8 @@ def attend(
     - `kv_positions`: an integer array `"*#batch kv_len"`. Default: 0, 1, 2, …
     - `precision`: a `jax.lax.Precision` or its name, for both matrix products. Default:
         that of JAX.
-    - `mechanism`: `"auto"`, `"flash"`, `"cudnn"`, `"blockwise"`, `"vanilla"`, or, where a
-        sharding splits the sequence, `"ulysses"` or `"all_gather"`; or an
-        [`eqx_attention.AbstractMechanism`][].
+    - `mechanism`: an [`eqx_attention.AbstractMechanism`][], or its name in lower case
+        (`"all_gather"` for `AllGather`).
     - `sharding`: an [`eqx_attention.Sharding`][], which says which axes of a mesh split
         the batch, the heads and the tokens. Default: nothing is split.
     - `mesh`: the mesh of the sharding, a `jax.sharding.Mesh`. Default: the ambient one, as
@@ -147,8 +148,8 @@ def attend(
 @jaxtyped(typechecker=typechecker)
 def attention_weights(
     query: _Query,
-    key_: _Key,
-    value: _Value | None = None,
+    key_: Float[Array, "*batch kv_len kv_heads head_dim"],
+    value: Float[Array, "*batch kv_len kv_heads value_dim"] | None = None,
     *,
     mask: _Mask = Full(),
     score: _Score = (),

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from ._distributed import attention_over, local_request
+from ._keys import is_stored
 from ._mechanism import AbstractMechanism, attention, Request, Vanilla
 from ._options import (
     as_dropout,
@@ -41,6 +42,11 @@ def call_of(
     check_operands(query, key_, value)
     check_positions(q_positions, "q_positions", ("start", "end"))
     check_positions(kv_positions, "kv_positions", (None,))
+    if shards is not None and is_stored(key_, value):
+        raise ValueError(
+            "sharding: expected arrays of keys and values, got "
+            f"{type(key_).__name__} and {type(value).__name__}, which no device has a part of."
+        )
     dropout = as_dropout(dropout)
     dropped = dropout > 0 and not inference
     if dropped and key is None:

@@ -9,9 +9,10 @@ class Auto(AbstractMechanism):
 
     On a GPU, [`eqx_attention.Flash`][] or [`eqx_attention.CuDNN`][], where they support
     it; and where both do, the one that was faster, forward and backward, at what is most
-    like the request among all that was measured. Otherwise [`eqx_attention.Vanilla`][]
-    where its weights are small, as for short sequences and for few queries, and
-    [`eqx_attention.Blockwise`][] where not.
+    like the request among all that was measured; but CuDNN for a few queries. Otherwise
+    [`eqx_attention.Decode`][] for few queries over many keys, or over keys in stored form;
+    else [`eqx_attention.Vanilla`][] where its weights are small, as for short sequences,
+    and [`eqx_attention.Blockwise`][] where not.
 
     Where a sharding splits the queries and the keys, the strategy that takes the least
     time by a model of the bytes that are moved, of the operations, and of the work of the

@@ -1,6 +1,6 @@
 """The names of mechanisms."""
 
-from .._mechanism import AbstractMechanism, Blockwise, CuDNN, Flash, Vanilla
+from .._mechanism import AbstractMechanism, Blockwise, CuDNN, Decode, Flash, Vanilla
 from .all_gather import AllGather
 from .auto import Auto
 from .ring import Ring
@@ -11,6 +11,7 @@ MECHANISMS: dict[str, type[AbstractMechanism]] = {
     "auto": Auto,
     "flash": Flash,
     "cudnn": CuDNN,
+    "decode": Decode,
     "blockwise": Blockwise,
     "vanilla": Vanilla,
     "all_gather": AllGather,

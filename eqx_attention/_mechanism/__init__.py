@@ -9,6 +9,7 @@ from .base import (
 from .blockwise import Blockwise as Blockwise
 from .choose import choose as choose
 from .cudnn import CuDNN as CuDNN
+from .decode import Decode as Decode
 from .flash import Flash as Flash
 from .gather import (
     again as again,

@@ -3,7 +3,7 @@ from jaxtyping import Array, Float
 
 from .._axes import Block
 from .._mask import Full
-from .base import AbstractMechanism, Blocks, Gradients, Request
+from .base import AbstractMechanism, Blocks, Gradients, Request, stored_unsupported
 from .gather import keys_are_split
 from .tile import heads_first, queries_by_keys, row_terms, TileOf, tokens_first
 
@@ -31,7 +31,7 @@ class Vanilla(AbstractMechanism):
     """
 
     def unsupported(self, request: Request) -> tuple[str, ...]:
-        return keys_are_split(request)
+        return keys_are_split(request) + stored_unsupported(request)
 
     def forward(
         self, request: Request
