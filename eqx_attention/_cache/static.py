@@ -87,11 +87,12 @@ class StaticCache(AbstractCache):
             ("capacity", capacity),
             ("num_kv_heads", num_kv_heads),
             ("head_dim", head_dim),
-            ("value_dim", value_dim),
             *(("batch", size) for size in batch),
         ):
             if size < 1:
                 raise ValueError(f"StaticCache: {name} must be positive; got {size}.")
+        if value_dim < 0:
+            raise ValueError(f"StaticCache: value_dim must be >= 0; got {value_dim}.")
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
                 f"StaticCache: dtype must be a floating-point dtype; got {dtype}."
