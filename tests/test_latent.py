@@ -72,10 +72,14 @@ def _reference(mla, x, visible, sinks, interleaved):
     return linear(mla.output_proj, out)
 
 
-@pytest.mark.parametrize("q_rank, interleaved", ((7, False), (None, True)))
-def test_reference(q_rank, interleaved, x64):
+@pytest.mark.parametrize(
+    "q_rank, interleaved, mechanism",
+    ((7, False, "vanilla"), (None, True, eqa.Blockwise(4, 3))),
+)
+def test_reference(q_rank, interleaved, mechanism, x64):
     """Both forms are the formulas, and have the same gradients."""
     mla = _make(
+        attention=eqa.AttentionConfig(mechanism, mask=eqa.Causal()),
         q_rank=q_rank,
         rotary=eqa.RotaryEmbedding(4, interleaved=interleaved),
         use_query_bias=True,
