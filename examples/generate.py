@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
 
     prompts = [prompt.encode(errors="surrogateescape") for prompt in args.prompt]
     capacity = max(map(len, prompts)) + args.tokens
-    caches = init_caches(model, args.cache, len(prompts), capacity)
+    caches = init_caches(config, args.cache, len(prompts), capacity)
     size = f"{num_bytes(caches):,} bytes for {len(prompts)} x {capacity:,} tokens"
     print(f"model       {num_parameters(model):,} parameters")
     print(f"cache       {args.cache}, {size}\n", flush=True)

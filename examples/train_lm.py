@@ -202,7 +202,7 @@ def main(argv: list[str] | None = None) -> None:
         ngram_loss,
     )
     prompt = args.prompt.encode(errors="surrogateescape")
-    caches = init_caches(state.model, "static", 1, len(prompt) + args.sample_bytes)
+    caches = init_caches(config, "static", 1, len(prompt) + args.sample_bytes)
     sampled = generate(state.model, [prompt], args.sample_bytes, caches, sampling)
     # The last character may be a part of one.
     sample = (prompt + bytes(byte for (byte,) in sampled)).decode(errors="replace")

@@ -9,12 +9,9 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Int
 
+from .caches import CHUNK
 from .model import Caches, LanguageModel
 from .pick import pick, Sampling
-
-
-# How many bytes of a prompt are read at once.
-CHUNK = 64
 
 
 # The caches are donated, so that appending to them writes in place.
