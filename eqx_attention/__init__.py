@@ -8,13 +8,20 @@ from ._attention import (
     attention_weights as attention_weights,
 )
 from ._block_mask import block_mask as block_mask
-from ._cache import AbstractCache as AbstractCache, StaticCache as StaticCache
+from ._cache import (
+    AbstractCache as AbstractCache,
+    PagedCache as PagedCache,
+    QuantizedCache as QuantizedCache,
+    RollingCache as RollingCache,
+    StaticCache as StaticCache,
+)
 from ._config import AttentionConfig as AttentionConfig
 from ._dropout import dropout_mask as dropout_mask
 from ._errors import (
     SerialisationError as SerialisationError,
     UnsupportedError as UnsupportedError,
 )
+from ._keys import AbstractKeys as AbstractKeys, Paged as Paged, Quantized as Quantized
 from ._layers import (
     AbstractRotaryScaling as AbstractRotaryScaling,
     blockwise as blockwise,
@@ -50,6 +57,7 @@ from ._mechanism import (
     Auto as Auto,
     Blockwise as Blockwise,
     CuDNN as CuDNN,
+    Decode as Decode,
     Flash as Flash,
     Vanilla as Vanilla,
 )

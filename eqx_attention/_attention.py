@@ -9,6 +9,7 @@ from beartype import beartype as typechecker
 from jaxtyping import Array, Bool, Float, Int, jaxtyped, PRNGKeyArray
 
 from ._config import AttentionConfig
+from ._keys import Keys
 from ._mask import AbstractMask, Full
 from ._mechanism import AbstractMechanism, attention, Vanilla
 from ._options import (
@@ -33,8 +34,8 @@ from ._static import pdoc, Static, unwrap
 
 
 _Query = Float[Array, "*batch q_len q_heads head_dim"]
-_Key = Float[Array, "*batch kv_len kv_heads head_dim"]
-_Value = Float[Array, "*batch kv_len kv_heads value_dim"]
+_Key = Float[Keys, "*batch kv_len kv_heads head_dim"]
+_Value = Float[Keys, "*batch kv_len kv_heads value_dim"]
 _Mask = AbstractMask | Bool[Array, "..."] | Bool[np.ndarray, "..."]
 _Score = AbstractScore | tuple[AbstractScore, ...] | list[AbstractScore]
 _Sinks = Float[Array, " q_heads"] | None
@@ -85,7 +86,8 @@ def attend(
     - `query`: `"*batch q_len q_heads head_dim"`. Any number of batch axes, or none.
     - `key_`: `"*batch kv_len kv_heads head_dim"`. Query head `h` reads key head
         `h // (q_heads // kv_heads)`.
-    - `value`: `"*batch kv_len kv_heads value_dim"`.
+    - `value`: `"*batch kv_len kv_heads value_dim"`. Either may be an
+        [`eqx_attention.AbstractKeys`][], if the mechanism computes from what is stored.
     - `mask`: which pairs are visible: an [`eqx_attention.AbstractMask`][], or a boolean
         array that broadcasts against `"*batch q_heads q_len kv_len"`. Default: all.
     - `score`: an [`eqx_attention.AbstractScore`][] or a tuple, which applies in order.
@@ -139,8 +141,8 @@ def attend(
 @jaxtyped(typechecker=typechecker)
 def attention_weights(
     query: _Query,
-    key_: _Key,
-    value: _Value | None = None,
+    key_: Float[Array, "*batch kv_len kv_heads head_dim"],
+    value: Float[Array, "*batch kv_len kv_heads value_dim"] | None = None,
     *,
     mask: _Mask = Full(),
     score: _Score = (),

@@ -11,7 +11,7 @@ from jax.core import Tracer
 from ._dropout import check_rate
 from ._errors import ShapeError, UnsupportedError
 from ._mask import AbstractMask, Dense, Full
-from ._mechanism import AbstractMechanism, Auto, Blockwise, CuDNN, Flash, Vanilla
+from ._mechanism import AbstractMechanism, Auto, Blockwise, CuDNN, Decode, Flash, Vanilla
 from ._score import AbstractScore
 from ._static import is_array, is_number, Static, static_or_leaf
 
@@ -20,6 +20,7 @@ MECHANISMS: dict[str, type[AbstractMechanism]] = {
     "auto": Auto,
     "flash": Flash,
     "cudnn": CuDNN,
+    "decode": Decode,
     "blockwise": Blockwise,
     "vanilla": Vanilla,
 }

@@ -61,15 +61,31 @@ def merge(
         )
     dtype = accumulation_dtype(partials[0][1].dtype)
     lses = jnp.stack([lse.astype(dtype) for _, lse in partials])
+    weights, lse = _weights(lses)
+    out = jnp.zeros((), dtype)
+    for n, (x, _) in enumerate(partials):
+        x = jnp.where(jnp.isneginf(lses[n])[..., None], 0, x.astype(dtype))
+        out = out + weights[n][..., None] * x
+    return out.astype(partials[0][0].dtype), lse
+
+
+def merge_stacked(
+    outs: Float[Array, "partials ... value_dim"], lses: Float[Array, "partials ..."]
+) -> tuple[Float[Array, "... value_dim"], Float[Array, "..."]]:
+    """`merge` of partials that are stacked along the first axis."""
+    weights, lse = _weights(lses)
+    outs = jnp.where(jnp.isneginf(lses)[..., None], 0, outs)
+    return (weights[..., None] * outs).sum(axis=0), lse
+
+
+def _weights(
+    lses: Float[Array, "partials ..."],
+) -> tuple[Float[Array, "partials ..."], Float[Array, "..."]]:
+    """How much each partial counts, and the log-sum-exp of all."""
     top = lax.stop_gradient(lses.max(axis=0))
     top = jnp.where(jnp.isneginf(top), 0, top)
     weights = jnp.exp(lses - top[None])
     total = weights.sum(axis=0)
     empty = total == 0
     safe = jnp.where(empty, 1, total)
-    out = jnp.zeros((), dtype)
-    for n, (x, _) in enumerate(partials):
-        x = jnp.where(jnp.isneginf(lses[n])[..., None], 0, x.astype(dtype))
-        out = out + (weights[n] / safe)[..., None] * x
-    lse = jnp.where(empty, -jnp.inf, top + jnp.log(safe))
-    return out.astype(partials[0][0].dtype), lse
+    return weights / safe[None], jnp.where(empty, -jnp.inf, top + jnp.log(safe))

@@ -1,6 +1,5 @@
 """From a call, as users make it, to a request, as mechanisms read it."""
 
-import math
 from typing import Any
 
 import equinox as eqx
@@ -11,6 +10,7 @@ from ._axes import axes, canonical, Sizes
 from ._dropout import dropout
 from ._dtype import accumulation_dtype
 from ._errors import UnsupportedError
+from ._keys import flat, Keys
 from ._mask import AbstractMask
 from ._mechanism import AbstractMechanism, Pairs, Request
 from ._options import MECHANISMS
@@ -24,8 +24,8 @@ class Call(eqx.Module):
     """A call whose options have been checked one by one."""
 
     query: Array
-    key_: Array
-    value: Array
+    key_: Keys
+    value: Keys
     mask: AbstractMask
     score: tuple[AbstractScore, ...]
     sinks: Array | None
@@ -57,10 +57,7 @@ class _Scale(eqx.Module):
 def request_of(call: Call) -> Request:
     """**Raises:** `TypeError` if a mask or a score does not fit the shapes of the call."""
     sizes = call.sizes()
-    query, key_, value = (
-        x.reshape(math.prod(sizes.batch), *x.shape[-3:])
-        for x in (call.query, call.key_, call.value)
-    )
+    query, key_, value = (flat(x) for x in (call.query, call.key_, call.value))
     if call.dtype is not None:
         query, key_, value = (x.astype(call.dtype) for x in (query, key_, value))
     scale = call.scale

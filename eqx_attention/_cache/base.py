@@ -8,7 +8,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, jaxtyped, PRNGKeyArray
 
 from .._attention import attend
-from .._mask import AbstractMask, Dense, Full
+from .._keys import Keys
+from .._mask import AbstractMask, And, Causal, Dense, Full
+from .._options import both_masks
 from .._tokens import both_positions
 
 
@@ -24,6 +26,11 @@ class AbstractCache(eqx.Module):
     positions) goes to attention as a mask and as positions, and combines with any
     other mask.
     """
+
+    key_: eqx.AbstractVar[Any]
+    value: eqx.AbstractVar[Any]
+    """Where keys and values are stored: arrays, or [`eqx_attention.Quantized`][], of
+    shape `(..., kv_heads, channels)`."""
 
     length: eqx.AbstractVar[Int[Array, "*batch"]]
     """How many tokens each sequence has appended so far. The next one has this
@@ -65,8 +72,8 @@ class AbstractCache(eqx.Module):
     @abstractmethod
     def append(
         self,
-        key_: Float[Array, "*batch n kv_heads head_dim"],
-        value: Float[Array, "*batch n kv_heads value_dim"],
+        key_: Float[Keys, "*batch n kv_heads head_dim"],
+        value: Float[Keys, "*batch n kv_heads value_dim"],
         *,
         lengths: Int[Array, "*#batch"] | None = None,
     ) -> "AbstractCache":
@@ -137,17 +144,19 @@ class AbstractCache(eqx.Module):
 
         As [`eqx_attention.attend`][].
         """
-        if q_positions is None:
-            last = self.length[..., None] - 1
-            q_positions, _ = both_positions("end", last, query.shape[-3], 1)
         if not isinstance(mask, AbstractMask):
             mask = Dense(mask)
+        if q_positions is None:
+            if query.shape[-3] == 1:
+                mask = of_last_token(mask)
+            last = self.length[..., None] - 1
+            q_positions, _ = both_positions("end", last, query.shape[-3], 1)
         key_, value, kv_positions, valid = self.keys_values()
         return attend(
             query,
             key_,
             value,
-            mask=mask & valid,
+            mask=both_masks(mask, valid),
             score=score,
             sinks=sinks,
             scale=scale,
@@ -162,3 +171,18 @@ class AbstractCache(eqx.Module):
             mesh=mesh,
             return_lse=return_lse,
         )
+
+
+def of_last_token(mask: AbstractMask) -> AbstractMask:
+    """What is left of a mask for the one query that is the last of all tokens: no other
+    token comes after it, so that `Causal()` hides nothing. (Mechanisms that know lengths,
+    but no positions, then can do it.)"""
+    parts = mask.masks if isinstance(mask, And) else (mask,)
+    parts = tuple(m for m in parts if not _sees_the_past(m))
+    if not parts:
+        return Full()
+    return parts[0] if len(parts) == 1 else And(parts)
+
+
+def _sees_the_past(mask: AbstractMask) -> bool:
+    return isinstance(mask, Causal) and isinstance(mask.offset, int) and mask.offset >= 0

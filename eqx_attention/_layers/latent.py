@@ -25,7 +25,7 @@ from .latent_heads import (
     query_heads,
     uncompressed,
 )
-from .options import config_of, dropout_of, mask_of
+from .options import config_of, dropout_of, mask_of, of_cache
 from .positions import appended, positions as positions_of
 from .rotary import RotaryEmbedding
 
@@ -379,7 +379,8 @@ class MultiheadLatentAttention(eqx.Module):
         )
         form = absorbed_form if absorbed else uncompressed
         query, key_, value = form(self, query_heads(self, x, rotate_at), latents)
-        out: Any = self.attention(
+        attention = of_cache(self.attention, cache, seq, seq)
+        out: Any = attention(
             query,
             key_,
             value,

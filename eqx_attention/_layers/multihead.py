@@ -18,7 +18,7 @@ from .._mask import AbstractMask
 from .._tokens import both_positions
 from .checks import check_channels, check_dropout, check_linear, check_positive
 from .heads import normalise, process, project, rms_norm
-from .options import config_of, dropout_of, mask_of
+from .options import config_of, dropout_of, mask_of, of_cache
 from .positions import appended, positions
 from .rotary import RotaryEmbedding
 
@@ -382,7 +382,8 @@ class MultiheadAttention(eqx.Module):
             self, cache, key_heads, value_heads, kv_positions, lengths
         )
 
-        out: Any = self.attention(
+        attention = of_cache(self.attention, cache, q_seq, kv_seq)
+        out: Any = attention(
             query_heads,
             key_heads,
             value_heads,

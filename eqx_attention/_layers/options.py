@@ -3,9 +3,11 @@
 import dataclasses
 from typing import Any
 
+import equinox as eqx
 import jax.numpy as jnp
 
 from .._attention import Attention, AttentionConfig
+from .._cache import AbstractCache, of_last_token
 from .._mask import AbstractMask, Dense, Full
 
 
@@ -41,3 +43,14 @@ def mask_of(module: Any, mask: Any, valid: AbstractMask | None, q_seq: int) -> A
             )
         mask = Dense(jnp.asarray(mask))
     return mask if valid is None else mask & valid
+
+
+def of_cache(
+    attention: Attention, cache: AbstractCache | None, q_seq: int, kv_seq: int
+) -> Attention:
+    """What attends to a cache: where the one query is the last token, without `Causal()`,
+    which hides nothing then."""
+    if cache is None or q_seq != 1 or kv_seq > 1:
+        return attention
+    mask = of_last_token(attention.mask)
+    return eqx.tree_at(lambda a: a.mask, attention, mask)

@@ -7,6 +7,7 @@ from .base import (
 )
 from .blockwise import Blockwise as Blockwise
 from .cudnn import CuDNN as CuDNN
+from .decode import Decode as Decode
 from .flash import Flash as Flash
 from .primitive import attention as attention
 from .vanilla import Vanilla as Vanilla

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 from .._axes import axes
 from .._dropout import Dropout
 from .._dtype import accumulation_dtype
+from .._keys import is_stored, Keys
 from .._mask import AbstractMask
 from .._score import AbstractScore
 from .._static import Static
@@ -46,7 +47,8 @@ class Request(eqx.Module):
 
     - `query`: `"batch q_len q_heads head_dim"`
     - `key_`: `"batch kv_len kv_heads head_dim"`
-    - `value`: `"batch kv_len kv_heads value_dim"`
+    - `value`: `"batch kv_len kv_heads value_dim"`; both may be an
+        [`eqx_attention.AbstractKeys`][] where the caller has them so.
     - `platform`: `"cpu"`, `"gpu"` or `"tpu"`, where this will run.
     - `result_dtype`: that of the output and of the gradients of `query`, `key_` and
         `value`: the dtype of accumulation where they are only a part of the whole.
@@ -54,8 +56,8 @@ class Request(eqx.Module):
     """
 
     query: Float[Array, "batch q_len q_heads head_dim"]
-    key_: Float[Array, "batch kv_len kv_heads head_dim"]
-    value: Float[Array, "batch kv_len kv_heads value_dim"]
+    key_: Float[Keys, "batch kv_len kv_heads head_dim"]
+    value: Float[Keys, "batch kv_len kv_heads value_dim"]
     pairs: Pairs
     precision: str | None = eqx.field(static=True)
     platform: str = eqx.field(static=True)
@@ -88,6 +90,15 @@ class Request(eqx.Module):
     def groups(self) -> int:
         """How many query heads read one key head."""
         return self.query.shape[2] // self.key_.shape[2]
+
+
+def stored_unsupported(request: Request) -> tuple[str, ...]:
+    """Why mechanisms that need arrays of all keys refuse, if they do."""
+    for name, x in (("key_", request.key_), ("value", request.value)):
+        if is_stored(x):
+            kind = type(x).__name__
+            return (f"it needs arrays of keys and values, and {name} is {kind}",)
+    return ()
 
 
 class Blocks(NamedTuple):

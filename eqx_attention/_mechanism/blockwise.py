@@ -16,6 +16,7 @@ from .._axes import (
     slice_at,
     write_at,
 )
+from .._keys import is_stored, key_block, Keys
 from .._mask import span
 from .base import AbstractMechanism, Blocks, Gradients, Request
 from .plan import always_masked, Band, band, Grid, grid, kinds, lists, never_masked
@@ -110,7 +111,8 @@ class Blockwise(AbstractMechanism):
         sizes, joined = self._joined(request)
         tiles, overlaps = grid(request, sizes), (False, True)
         k, v = request.key_, request.value
-        if joined is None:
+        apart = joined is not None or is_stored(k, v)
+        if not apart:
             k, v = heads_first(request, k), heads_first(request, v)
         table = lists(kinds(request, tiles, overlaps))
         heads, head_dim = sizes.heads * request.groups, request.query.shape[-1]
@@ -124,36 +126,29 @@ class Blockwise(AbstractMechanism):
 
             def tile(masked, t, state):
                 j = columns[t]
-                block = _block(tiles, b, h, i, j)
+                block = tile_block(tiles, b, h, i, j)
                 at = TileOf(request, block, (None, tiles.fresh(1, j)), masked)
-                k_tile, v_tile = (_take(x, tiles, b, h, 1, j) for x in (k, v))
+                take = ft.partial(_take_apart, request) if apart else _take
+                k_tile, v_tile = (take(x, tiles, b, h, 1, j) for x in (k, v))
                 return _absorb(at, q_tile, k_tile, v_tile, state)
 
             def whole_row(joined, _, state):
-                block = joined.block(_block(tiles, b, h, i, 0))
+                block = joined.block(tile_block(tiles, b, h, i, 0))
                 at = TileOf(request, block)
-                first = (start[0], block.starts[3], h * sizes.heads, 0)
+                first = (start[0], block.starts[3], h * sizes.heads)
                 shape = (sizes.batch, joined.size, sizes.heads)
                 k_tile, v_tile = (
-                    heads_first(request, slice_at(x, first, (*shape, x.shape[-1])))
-                    for x in (k, v)
+                    heads_first(request, key_block(x, first, shape)) for x in (k, v)
                 )
                 return _absorb(at, q_tile, k_tile, v_tile, state)
 
-            shape = q_tile.shape[:3]
-            state = (
-                request.full((*shape, v.shape[-1])),
-                request.full(shape, -jnp.inf),
-                request.full(shape),
-            )
+            state = _nothing(request, q_tile, v.shape[-1])
             if joined is None:
-                state = _loop(tile, full, some, state, request, tiles, overlaps)
+                state = loop(tile, full, some, state, request, tiles, overlaps)
             else:
                 body = ft.partial(whole_row, joined)
                 state = lax.fori_loop(0, jnp.minimum(some, 1), body, state)
-            out, top, total = state
-            lse = jnp.where(total == 0, -jnp.inf, top + jnp.log(total))
-            out = out / jnp.where(total == 0, 1, total)[..., None]
+            out, lse = _normalised(state)
             return (
                 write_at(carry[0], start, tokens_first(out)),
                 write_at(carry[1], start[:3], lse.swapaxes(1, 2)),
@@ -192,7 +187,7 @@ class Blockwise(AbstractMechanism):
             def tile(masked, t, state):
                 dq, dk_tile, dv_tile, dleaves = state
                 i = columns[t]
-                block = _block(tiles, b, h, i, j)
+                block = tile_block(tiles, b, h, i, j)
                 at = TileOf(request, block, (tiles.fresh(0, i), tiles.fresh(1, j)), masked)
                 take = ft.partial(_take, tiles=tiles, b=b, h=h, axis=0, n=i)
                 rows = (take(lse), take(dout), take(delta))
@@ -211,7 +206,7 @@ class Blockwise(AbstractMechanism):
 
             zeros = (request.full(x.shape) for x in (k_tile, v_tile))
             state = (dq, *zeros, dleaves)
-            dq, dk_tile, dv_tile, dleaves = _loop(
+            dq, dk_tile, dv_tile, dleaves = loop(
                 tile, full, some, state, request, tiles, overlaps
             )
             start = (b * tiles.sizes.batch, h * tiles.sizes.heads, tiles.starts(1, j), 0)
@@ -292,6 +287,29 @@ def _absorb(at: TileOf, q, k, v, state):
     return out * decay[..., None] + more, new, total
 
 
+def _nothing(request: Request, q: Array, value_dim: int):
+    """What `_absorb` starts from."""
+    shape = q.shape[:3]
+    return (
+        request.full((*shape, value_dim)),
+        request.full(shape, -jnp.inf),
+        request.full(shape),
+    )
+
+
+def _normalised(state) -> tuple[Array, Array]:
+    """`(out, lse)`, after the last step."""
+    out, top, total = state
+    lse = jnp.where(total == 0, -jnp.inf, top + jnp.log(total))
+    return out / jnp.where(total == 0, 1, total)[..., None], lse
+
+
+def softmax_of_tile(at: TileOf, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+    """`(out, lse)` over the keys of one tile."""
+    start = _nothing(at.request, q, v.shape[-1])
+    return _normalised(_absorb(at, q, k, v, start))
+
+
 def _place(tiles: Grid, n, rows: int):
     """(batch, head, row) of the n-th row of tiles."""
     return n // (tiles.counts.heads * rows), n // rows % tiles.counts.heads, n % rows
@@ -302,7 +320,7 @@ def _head(tiles: Grid, h):
     return h * (tiles.sizes.heads * tiles.groups)
 
 
-def _block(tiles: Grid, b, h, i, j) -> Block:
+def tile_block(tiles: Grid, b, h, i, j) -> Block:
     sizes = tiles.sizes
     starts = (b * sizes.batch, _head(tiles, h), tiles.starts(0, i), tiles.starts(1, j))
     heads = sizes.heads * tiles.groups
@@ -318,7 +336,14 @@ def _take(x: Array, tiles: Grid, b, h, axis: int, n) -> Array:
     return slice_at(x, starts, shape)
 
 
-def _loop(tile, full, some, state, request: Request, tiles: Grid, overlaps):
+def _take_apart(request: Request, x: Keys, tiles: Grid, b, h, axis: int, n) -> Array:
+    """The same of keys that are not there with heads first."""
+    sizes = tiles.sizes
+    starts = (b * sizes.batch, tiles.starts(axis, n), h * sizes.heads)
+    return heads_first(request, key_block(x, starts, (sizes.batch, sizes.key, sizes.heads)))
+
+
+def loop(tile, full, some, state, request: Request, tiles: Grid, overlaps):
     """Runs over a row's FULL tiles without masking, then over its PARTIAL ones."""
     if never_masked(request, tiles, overlaps):
         return lax.fori_loop(0, full, ft.partial(tile, False), state)

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 from .._device import compute_capability, wider_than_16_bits
 from .._mask import AbstractMask, And, Causal, Full, Padding, SlidingWindow
 from .._static import Static
-from .base import AbstractMechanism, Blocks, Gradients, Request
+from .base import AbstractMechanism, Blocks, Gradients, Request, stored_unsupported
 from .blockwise import Blockwise
 from .hidden import again_if_nan, without_nan
 
@@ -35,7 +35,7 @@ class CuDNN(AbstractMechanism):
     """
 
     def unsupported(self, request: Request) -> tuple[str, ...]:
-        reasons = []
+        reasons = [*stored_unsupported(request)]
         capability = compute_capability() if request.platform == "gpu" else (0, 0)
         if request.platform != "gpu":
             reasons.append(f"it runs on NVIDIA's GPUs, not on {request.platform}")

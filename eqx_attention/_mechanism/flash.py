@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._device import compute_capability, version_of_jax, wider_than_16_bits
-from .base import AbstractMechanism, Blocks, Gradients, Request
+from .base import AbstractMechanism, Blocks, Gradients, Request, stored_unsupported
 from .blockwise import Blockwise
 from .hidden import seen_queries
 
@@ -56,7 +56,7 @@ class Flash(AbstractMechanism):
         self.reproducible = reproducible
 
     def unsupported(self, request: Request) -> tuple[str, ...]:
-        reasons = []
+        reasons = [*stored_unsupported(request)]
         if request.platform != "gpu":
             reasons.append(f"it runs on Hopper GPUs, not on {request.platform}")
         elif (found := compute_capability()) != (9, 0):

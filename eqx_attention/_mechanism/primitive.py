@@ -8,6 +8,7 @@ mapped over into the batch axis, so that a mechanism never sees `vmap`, which wo
 each tile that is skipped into one that is computed and thrown away.
 """
 
+import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -21,6 +22,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxtyping import Array
 
+from .._keys import dense, is_stored
 from .base import AbstractMechanism, Gradients, Request
 from .tangent import tangent, transpose
 from .varying import vary, varying_axes
@@ -60,16 +62,32 @@ def _forward_jvp(primals, tangents):
     out = checkpoint_name(out, "attention_out")
     lse = checkpoint_name(lse, "attention_lse")
     names = ("query", "key_", "value")
-    given = [getattr(trequest, name) for name in names]
+    given = [_tangent_of(request, trequest, name) for name in names]
     tleaves = _leaf_tangents(request.pairs, trequest.pairs)
     if all(t is None for t in (*given, *tleaves.values())):
         return (out, lse), (None, None)
+    key_, value = dense(request.key_), dense(request.value)
+    request = dataclasses.replace(request, key_=key_, value=value)
     tqkv = tuple(
         _or_zeros(getattr(request, name), t) for name, t in zip(names, given, strict=True)
     )
     wrt = tuple(tleaves)
     arguments = (mechanism, request, out, lse, tqkv, tuple(tleaves.values()), wrt)
     return (out, lse), eqxi.filter_primitive_bind(_tangent_p, *arguments)
+
+
+def _tangent_of(request: Request, trequest: Request, name: str):
+    tangent = getattr(trequest, name)
+    if not is_stored(getattr(request, name)):
+        return tangent
+    if jax.tree.leaves(tangent):
+        kind = type(getattr(request, name)).__name__
+        raise ValueError(
+            f"{name}: expected an array, as there is a derivative with respect to it; got "
+            f"{kind}, which is not differentiable. Use a cache that stores arrays, or "
+            "`jax.lax.stop_gradient`."
+        )
+    return None
 
 
 def _tangent_shape(mechanism, request, out, lse, tangents, tleaves, wrt):
@@ -156,7 +174,7 @@ def _folder(args: tuple, axes: tuple):
     size = next(x.shape[a] for x, a in zip(flat, flat_axes) if a is not None)
     batch = _unmapped_shape(args[1].query, axes[1].query)[0]
 
-    def fold(x, axis, whole: bool = True):
+    def fold_array(x, axis, whole: bool = True):
         if not eqx.is_array(x):
             return x
         if axis is None and x.shape[0] == 1 and not whole:
@@ -164,6 +182,11 @@ def _folder(args: tuple, axes: tuple):
         x = x[None] if axis is None else jnp.moveaxis(x, axis, 0)
         x = jnp.broadcast_to(x, (size, batch, *x.shape[2:]))
         return x.reshape(size * batch, *x.shape[2:])
+
+    def fold(x, axis, whole: bool = True):
+        if is_stored(x):
+            return x.folded(axis, size, fold_array)
+        return fold_array(x, axis, whole)
 
     def unfold(x):
         return x.reshape(size, batch, *x.shape[1:])

@@ -3,7 +3,7 @@ from jaxtyping import Array, Float
 
 from .._axes import Block
 from .._mask import Full
-from .base import AbstractMechanism, Blocks, Gradients, Request
+from .base import AbstractMechanism, Blocks, Gradients, Request, stored_unsupported
 from .tile import heads_first, queries_by_keys, row_terms, TileOf, tokens_first
 
 
@@ -30,7 +30,7 @@ class Vanilla(AbstractMechanism):
     """
 
     def unsupported(self, request: Request) -> tuple[str, ...]:
-        return ()
+        return stored_unsupported(request)
 
     def forward(
         self, request: Request
