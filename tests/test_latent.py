@@ -149,27 +149,29 @@ def test_forms_with_everything():
 
 
 _window = eqa.Causal() & eqa.SlidingWindow(3)
+_caches = {
+    "static": (eqa.Causal(), lambda mla: mla.init_cache(14)),
+    "rolling": (_window, lambda mla: eqa.RollingCache.init(3, *mla.cache_sizes, chunk=11)),
+    "paged": (
+        eqa.Causal(),
+        lambda mla: eqa.PagedCache.init(14, *mla.cache_sizes, page_size=4),
+    ),
+    "int8": (_window, lambda mla: eqa.QuantizedCache.init(14, *mla.cache_sizes)),
+}
 
 
-@pytest.mark.parametrize("mask", (eqa.Causal(), _window), ids=("causal", "window"))
-def test_cache(mask):
-    """Chunk by chunk = token by token = the training forward, in either form."""
+@pytest.mark.parametrize("kind", _caches)
+def test_cache(kind):
+    """All at once = a prompt and then token by token = the training forward."""
+    mask, init = _caches[kind]
     mla = _make(mask)
     x = jr.normal(jr.key(1), (11, 10))
-    expected = compiled(mla, x)
-    call = fast_jit(lambda mla, x, cache: mla(x, cache=cache))
-    for chunks in ((11,), (4, 4, 3)):
-        cache, outs, start = mla.init_cache(14), [], 0
-        for n in chunks:
-            out, cache = call(mla, x[start : start + n], cache)
-            outs.append(out)
-            start += n
-        _close(jnp.concatenate(outs), expected)
+    arrays = kind in ("static", "rolling")
 
-    # The prompt in the uncompressed form, and the rest token by token.
     @fast_jit
-    def decode(mla, x, cache):
-        prompt, cache = mla(x[:5], cache=cache, absorbed=False)
+    def calls(mla, x, cache):
+        # The prompt in the uncompressed form, where the cache allows for it.
+        prompt, cache = mla(x[:5], cache=cache, absorbed=not arrays)
 
         def token(cache, x):
             out, cache = mla(x[None], cache=cache)
@@ -178,11 +180,19 @@ def test_cache(mask):
         cache, rest = jax.lax.scan(token, cache, x[5:])
         return jnp.concatenate([prompt, rest]), cache
 
-    out, scanned = decode(mla, x, mla.init_cache(14))
+    out, cache = calls(mla, x, init(mla))
+    whole, same = compiled(lambda mla, x: mla(x, cache=init(mla)), mla, x)
+    expected = whole if kind == "int8" else compiled(mla, x)
+    # In 8 bits it is not what it is without a cache, but the same in whatever parts.
     _close(out, expected)
-    assert eqx.tree_equal(scanned, cache, rtol=1e-5, atol=1e-5)
-    with pytest.raises(RuntimeError, match="cache full: capacity 14, length 11"):
-        jax.block_until_ready(call(mla, x[:4], cache))
+    _close(whole, expected)
+    assert eqx.tree_equal(cache, same, rtol=1e-5, atol=1e-5)
+    if kind == "static":
+        with pytest.raises(RuntimeError, match="cache full: capacity 14, length 11"):
+            jax.block_until_ready(compiled(lambda c: mla(x[:4], cache=c), cache))
+    if not arrays:
+        with pytest.raises(eqa.UnsupportedError, match="absorbed=False .* plain arrays"):
+            mla(x, cache=init(mla), absorbed=False)
 
 
 def test_what_the_cache_keeps():
@@ -195,6 +205,9 @@ def test_what_the_cache_keeps():
     assert isinstance(cache, StaticCache)
     assert sum(x.nbytes for x in jax.tree.leaves(cache)) == 3 * 100 * 32 * 2 + 3 * 4
     assert mla.init_cache(5).key_.dtype == jnp.float32
+    # In 8 bits, and a scale for each token; the values, which are none, have one too.
+    int8 = eqa.QuantizedCache.init(100, *mla.cache_sizes)
+    assert sum(x.nbytes for x in jax.tree.leaves(int8)) == 100 * (32 + 4 + 4) + 4
     # Decoding makes nothing of the size of the keys and values of all heads.
     cache = mla.init_cache(4096)
     step = jax.jit(lambda x, cache: mla(x, cache=cache), donate_argnums=1)

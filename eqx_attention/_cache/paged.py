@@ -170,7 +170,7 @@ class PagedCache(AbstractCache):
         buffers = []
         for pool, new in ((self.key_, key_), (self.value, value)):
             pool = copy_pages(pool, plan)
-            new = jax.tree.map(lambda x: x.reshape(-1, *x.shape[-3:]), new)
+            new = jax.tree.map(lambda x: x.reshape(start.size, *x.shape[-3:]), new)
             buffers.append(write_tokens(pool, new, plan.table, start, added))
         return PagedCache(
             key_=buffers[0],
