@@ -84,10 +84,10 @@ def attend(
     **Arguments:**
 
     - `query`: `"*batch q_len q_heads head_dim"`. Any number of batch axes, or none.
-    - `key_`: `"*batch kv_len kv_heads head_dim"`. Query head `h` reads key head
+    - `key_`: `"*batch kv_len kv_heads head_dim"`, an array or
+        [`eqx_attention.AbstractKeys`][]. Query head `h` reads key head
         `h // (q_heads // kv_heads)`.
-    - `value`: `"*batch kv_len kv_heads value_dim"`. Either may be an
-        [`eqx_attention.AbstractKeys`][], if the mechanism computes from what is stored.
+    - `value`: `"*batch kv_len kv_heads value_dim"`. As keys, arrays or as they are stored.
     - `mask`: which pairs are visible: an [`eqx_attention.AbstractMask`][], or a boolean
         array that broadcasts against `"*batch q_heads q_len kv_len"`. Default: all.
     - `score`: an [`eqx_attention.AbstractScore`][] or a tuple, which applies in order.
@@ -104,8 +104,7 @@ def attend(
     - `kv_positions`: an integer array `"*#batch kv_len"`. Default: 0, 1, 2, …
     - `precision`: a `jax.lax.Precision` or its name, for both matrix products. Default:
         that of JAX.
-    - `mechanism`: `"auto"`, `"flash"`, `"cudnn"`, `"blockwise"`, `"vanilla"`, or an
-        [`eqx_attention.AbstractMechanism`][].
+    - `mechanism`: an [`eqx_attention.AbstractMechanism`][], or its name in lower case.
     - `sharding`, `mesh`: must be `None` in this version.
     - `return_lse`: whether to return the log-sum-exp too.
 

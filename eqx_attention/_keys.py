@@ -97,7 +97,7 @@ class Quantized(AbstractKeys):
         """**Arguments:**
 
         - `values`: int8 or float8_e4m3fn, `"*batch kv_len kv_heads channels"`.
-        - `scale`: floating-point numbers, `"*batch kv_len kv_heads 1"`.
+        - `scale`: floating-point numbers, `"*batch kv_len kv_heads"`.
         - `dtype`: of the keys that these stand for. Default float32.
 
         **Raises:** `TypeError` if the dtypes or the shapes are not these.
@@ -116,7 +116,7 @@ class Quantized(AbstractKeys):
                 "Quantized(values): expected the shape (*batch, kv_len, kv_heads, "
                 f"channels), got {self.values.shape}."
             )
-        expected = (*self.values.shape[:-1], 1)
+        expected = self.values.shape[:-1]
         floats = jnp.issubdtype(self.scale.dtype, jnp.floating)
         if self.scale.shape != expected or not floats:
             raise TypeError(
@@ -141,14 +141,15 @@ class Quantized(AbstractKeys):
     def block(
         self, starts: tuple[Any, Any, Any], sizes: tuple[int, int, int]
     ) -> Float[Array, "batch tokens heads channels"]:
-        part = jax.tree.map(lambda x: key_block(x, starts, sizes), self)
-        return dequantized(part)
+        return dequantized(jax.tree.map(lambda x: _part(x, starts, sizes), self))
 
     def astype(self, dtype: Any) -> "Quantized":
         return Quantized(self.values, self.scale, dtype)
 
     def flat(self) -> "Quantized":
-        return jax.tree.map(flat, self)
+        batch = math.prod(self.values.shape[:-3])
+        rest = self.values.ndim - 3
+        return jax.tree.map(lambda x: x.reshape(batch, *x.shape[rest:]), self)
 
     def folded(self, axes: Any, size: int, fold: Callable) -> "Quantized":
         return jax.tree.map(fold, self, axes)
@@ -234,12 +235,14 @@ class Paged(AbstractKeys):
         offset = jnp.broadcast_to(index % self.page_size, page.shape)
         head = jnp.broadcast_to(jnp.asarray(starts[2], jnp.int32), page.shape)
         at = jnp.stack([page.astype(jnp.int32), offset, head], axis=-1)
-        dims = lax.GatherDimensionNumbers(
-            offset_dims=(2, 3), collapsed_slice_dims=(0, 1), start_index_map=(0, 1, 2)
-        )
 
         def gather(x):
-            window = (1, 1, heads, x.shape[-1])
+            window = (1, 1, heads, *x.shape[3:])
+            dims = lax.GatherDimensionNumbers(
+                offset_dims=tuple(range(2, x.ndim)),
+                collapsed_slice_dims=(0, 1),
+                start_index_map=(0, 1, 2),
+            )
             return lax.gather(x, at, dims, window, mode=lax.GatherScatterMode.CLIP)
 
         part = jax.tree.map(gather, self.pool)
@@ -265,7 +268,7 @@ class Paged(AbstractKeys):
             shape = x.shape if a is None else jnp.moveaxis(x, a, 0).shape[1:]
             x = x[None] if a is None else jnp.moveaxis(x, a, 0)
             x = jnp.broadcast_to(x, (size, *shape))
-            return x.reshape(-1, *shape[1:])
+            return x.reshape(size * shape[0], *shape[1:])
 
         leaves = [joined(x, a) for x, a in zip(leaves, at, strict=True)]
         pages = leaves[0].shape[0] // size
@@ -297,9 +300,14 @@ def key_block(x: Keys, starts: tuple[Any, Any, Any], sizes: tuple[int, int, int]
     """Some (batch elements, tokens, heads) of an array or of what is stored."""
     if is_stored(x):
         return x.block(starts, sizes)
+    return _part(x, starts, sizes)
+
+
+def _part(x: Array, starts: tuple[Any, Any, Any], sizes: tuple[int, int, int]) -> Array:
+    rest = x.shape[3:]
     if sizes == x.shape[:3]:
         return x
-    return slice_at(x, (*starts, 0), (*sizes, x.shape[3]))
+    return slice_at(x, (*starts, *(0 for _ in rest)), (*sizes, *rest))
 
 
 def dense(x: Keys) -> Array:
@@ -313,7 +321,7 @@ def dequantized(x: Array | Quantized) -> Array:
     values = x.values
     if x.stored == _FP8:
         values = lax.bitcast_convert_type(values, _FP8)
-    return (values.astype(x.scale.dtype) * x.scale).astype(x.dtype)
+    return (values.astype(x.scale.dtype) * x.scale[..., None]).astype(x.dtype)
 
 
 def check_stored_dtype(where: str, dtype: Any) -> None:
@@ -330,8 +338,8 @@ def quantize(x: Float[Array, "... channels"], stored: DTypeLike) -> Quantized:
     """
     largest = _LARGEST[jnp.dtype(stored)]
     wide = x.astype(jnp.float32)
-    scale = jnp.abs(wide).max(axis=-1, keepdims=True, initial=0) / largest
-    scaled = wide / jnp.where(scale == 0, 1, scale)
+    scale = jnp.abs(wide).max(axis=-1, initial=0) / largest
+    scaled = wide / jnp.where(scale == 0, 1, scale)[..., None]
     if jnp.issubdtype(stored, jnp.integer):
         scaled = jnp.clip(jnp.round(scaled), -largest, largest)
     return Quantized(scaled.astype(stored), scale, x.dtype)

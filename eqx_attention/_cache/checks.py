@@ -103,19 +103,21 @@ def num_added(
 
 
 @dataclasses.dataclass(frozen=True)
-class _CacheFull(Sequence):
+class CacheFull(Sequence):
     """The error message for each length that a cache may have."""
 
     capacity: int
-    new: str
+    n: int
+    ragged: bool
 
     def __len__(self) -> int:
         return self.capacity + 1
 
     def __getitem__(self, length):
+        new = f"up to {self.n}" if self.ragged else str(self.n)
         return (
             f"cache full: capacity {self.capacity}, length {length}, asked to append "
-            f"{self.new} tokens."
+            f"{new} tokens."
         )
 
 
@@ -125,15 +127,40 @@ def check_fits(capacity: int, n: int) -> None:
         raise ValueError(f"cache full: capacity {capacity}, asked to append {n} tokens.")
 
 
-def check_room(
-    capacity: int, length: Array, added: Array, n: int, ragged: bool
-) -> Int32[Array, "*batch"]:
-    """`length`, which is an error if there is no room."""
-    full: Bool[Array, "*batch"] = length + added > capacity
-    # The message tells the longest of the sequences that are full.
-    return eqx.branched_error_if(
-        length,
-        full,
-        jnp.max(jnp.where(full, length, 0)),
-        _CacheFull(capacity, f"up to {n}" if ragged else str(n)),
-    )
+def is_full(
+    capacity: int, length: Array, added: Array
+) -> tuple[Bool[Array, ""], Int32[Array, ""]]:
+    """Whether there is too little room, and the length of the longest sequence for which
+    there is: the number of the message of `CacheFull`."""
+    full = length + added > capacity
+    return full.any(), jnp.max(jnp.where(full, length, 0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Messages(Sequence):
+    """The error messages of several checks, one after another."""
+
+    parts: tuple[Sequence, ...]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def __getitem__(self, index):
+        for part in self.parts:
+            if index < len(part):
+                return part[index]
+            index -= len(part)
+        raise IndexError(index)
+
+    def check(
+        self, x: Array, wrong: tuple[Array, ...], numbers: tuple[Array, ...]
+    ) -> Array:
+        """`x`, which is an error if anything is wrong: the first that is, with the message
+        of its number."""
+        index = numbers[-1]
+        before = len(self)
+        for part, is_wrong, number in reversed(list(zip(self.parts, wrong, numbers))):
+            before -= len(part)
+            index = jnp.where(is_wrong, before + number, index)
+        index = jnp.clip(index, 0, len(self) - 1)
+        return eqx.branched_error_if(x, jnp.stack(wrong).any(), index, self)

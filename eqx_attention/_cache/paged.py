@@ -8,20 +8,32 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Int32, jaxtyped
 
 from .._axes import ceil_div
-from .._keys import Keys, Paged, Quantized
+from .._keys import flat, Keys, Paged, Quantized
 from .._mask import AbstractMask, Padding
 from .base import AbstractCache
 from .checks import (
+    CacheFull,
     check_buffers,
     check_fits,
     check_int32,
     check_new,
-    check_room,
     check_sizes,
+    is_full,
+    Messages,
     num_added,
 )
-from .pages import allocate, copy_pages, count_references, flat_rows, write_tokens
+from .pages import (
+    allocate,
+    copy_pages,
+    count_references,
+    flat_rows,
+    OutOfPages,
+    write_tokens,
+)
 from .write import along
+
+
+_NO_PAGE = "PagedCache: table names no page for tokens that length says are there."
 
 
 class PagedCache(AbstractCache):
@@ -161,17 +173,26 @@ class PagedCache(AbstractCache):
         n = key_.shape[-3]
         check_fits(self.capacity, n)
         length, added = num_added(self, n, lengths)
-        length = check_room(self.capacity, length, added, n, lengths is not None)
         if n == 0:
             return self
-        table = flat_rows(self._checked_table())
+        full, longest = is_full(self.capacity, length, added)
         start, added = length.reshape(-1), added.reshape(-1)
-        plan = allocate(table, start, added, self.references, self.page_size, n)
+        plan = allocate(
+            flat_rows(self.table), start, added, self.references, self.page_size, n
+        )
+        # One check of all that may be wrong: on a GPU, each makes the host wait.
+        room = CacheFull(self.capacity, n, lengths is not None)
+        pages = OutOfPages(self.references.shape[0])
+        messages = Messages((room, (_NO_PAGE,), pages))
+        missing = self._missing().any()
+        numbers = (longest, jnp.zeros_like(longest), plan.num_free)
+        wrong = (full, missing, plan.num_needed > plan.num_free)
+        table = messages.check(plan.table, wrong, numbers)
+        plan = plan._replace(table=table)
         buffers = []
         for pool, new in ((self.key_, key_), (self.value, value)):
             pool = copy_pages(pool, plan)
-            new = jax.tree.map(lambda x: x.reshape(start.size, *x.shape[-3:]), new)
-            buffers.append(write_tokens(pool, new, plan.table, start, added))
+            buffers.append(write_tokens(pool, flat(new), plan.table, start, added))
         return PagedCache(
             key_=buffers[0],
             value=buffers[1],
@@ -182,7 +203,7 @@ class PagedCache(AbstractCache):
 
     def keys_values(self) -> tuple[Any, Any, None, AbstractMask]:
         self._check_unmapped()
-        table = self._checked_table()
+        table = eqx.error_if(self.table, self._missing(), _NO_PAGE)
         return (
             Paged(self.key_, table),
             Paged(self.value, table),
@@ -244,15 +265,11 @@ class PagedCache(AbstractCache):
         references = count_references(table, self.references.shape[0])
         return PagedCache(self.key_, self.value, table, length, references)
 
-    def _checked_table(self) -> Int32[Array, "*batch blocks"]:
-        """Each token that there is must be on a page that there is."""
+    def _missing(self) -> Bool[Array, "*batch blocks"]:
+        """Where a token that there is would be on a page that there is not."""
         first = along(jnp.zeros_like(self.length), self.table.shape[-1], self.page_size)
-        missing = (self.table < 0) | (self.table >= self.references.shape[0])
-        return eqx.error_if(
-            self.table,
-            (first < self.length[..., None]) & missing,
-            "PagedCache: table names no page for tokens that length says are there.",
-        )
+        unknown = (self.table < 0) | (self.table >= self.references.shape[0])
+        return (first < self.length[..., None]) & unknown
 
     def _check_unmapped(self) -> None:
         if self.key_.ndim != 4 or self.references.ndim != 1:

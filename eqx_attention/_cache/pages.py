@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import equinox as eqx
 import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
@@ -17,18 +16,20 @@ from .write import along
 
 
 class Plan(NamedTuple):
-    """What an append does with pages: the new table and references, and the pages to copy
-    first, of which there may be one a row."""
+    """What an append does with pages: the new table and references, how many free pages it
+    needs and there are, and the pages to copy first, of which there may be one a row."""
 
     table: Int32[Array, "rows blocks"]
     references: Int32[Array, " pages"]
+    num_needed: Int32[Array, ""]
+    num_free: Int32[Array, ""]
     num_copies: Int32[Array, ""]
     sources: Int32[Array, " rows"]
     targets: Int32[Array, " rows"]
 
 
 @dataclasses.dataclass(frozen=True)
-class _OutOfPages(Sequence):
+class OutOfPages(Sequence):
     """The error message for each number of free pages."""
 
     num_pages: int
@@ -83,9 +84,6 @@ def allocate(
     (order,) = jnp.nonzero(free, size=size, fill_value=num_pages)
     new = jnp.take(order.astype(jnp.int32), rank, mode="fill", fill_value=num_pages)
     new = jnp.where(needed, new, num_pages)
-    new = eqx.branched_error_if(
-        new, needed.sum() > num_free, num_free, _OutOfPages(num_pages)
-    )
 
     row = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32)[:, None], new.shape)
     # A place that there is not, where nothing changes.
@@ -96,8 +94,8 @@ def allocate(
     references = references.at[new.reshape(-1)].add(1, mode="drop")
     first = jnp.argsort(~copied, stable=True)  # Those that copy come first.
     target = jnp.where(copied, new[:, 0], num_pages)
-    num_copies = copied.sum(dtype=jnp.int32)
-    return Plan(table, references, num_copies, page[first, 0], target[first])
+    counts = (needed.sum(dtype=jnp.int32), num_free, copied.sum(dtype=jnp.int32))
+    return Plan(table, references, *counts, page[first, 0], target[first])
 
 
 def _keeps(page: Array, shared: Array, references: Array) -> Array:

@@ -1,3 +1,4 @@
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from beartype import beartype
@@ -8,12 +9,13 @@ from .._keys import Keys, Quantized
 from .._mask import AbstractMask, Padding
 from .base import AbstractCache
 from .checks import (
+    CacheFull,
     check_buffers,
     check_fits,
     check_int32,
     check_new,
-    check_room,
     check_sizes,
+    is_full,
     num_added,
 )
 from .write import along, write
@@ -91,7 +93,9 @@ class StaticCache(AbstractCache):
         n, ragged = key_.shape[-3], lengths is not None
         check_fits(self.capacity, n)
         length, added = num_added(self, n, lengths)
-        start = check_room(self.capacity, length, added, n, ragged)
+        messages = CacheFull(self.capacity, n, ragged)
+        full = is_full(self.capacity, length, added)
+        start = eqx.branched_error_if(length, *full, messages)
         slots = along(start, n) if ragged else start
         return StaticCache(
             key_=write(self.key_, key_, slots, added),

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from .._attention import Attention, AttentionConfig
 from .._cache import AbstractCache, of_last_token
 from .._mask import AbstractMask, Dense, Full
+from .._options import both_masks
 
 
 def config_of(attention: AttentionConfig | Attention, **changed: Any) -> AttentionConfig:
@@ -42,7 +43,7 @@ def mask_of(module: Any, mask: Any, valid: AbstractMask | None, q_seq: int) -> A
                 f"num_heads={num_heads}; got {mask.shape}."
             )
         mask = Dense(jnp.asarray(mask))
-    return mask if valid is None else mask & valid
+    return mask if valid is None else both_masks(mask, valid)
 
 
 def of_cache(
