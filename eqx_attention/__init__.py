@@ -38,6 +38,7 @@ from ._layers import (
     LinearScaling as LinearScaling,
     Llama3Scaling as Llama3Scaling,
     MultiheadAttention as MultiheadAttention,
+    MultiheadLatentAttention as MultiheadLatentAttention,
     NTKScaling as NTKScaling,
     RotaryEmbedding as RotaryEmbedding,
     YaRNScaling as YaRNScaling,

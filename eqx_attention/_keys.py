@@ -268,7 +268,7 @@ class Paged(AbstractKeys):
             shape = x.shape if a is None else jnp.moveaxis(x, a, 0).shape[1:]
             x = x[None] if a is None else jnp.moveaxis(x, a, 0)
             x = jnp.broadcast_to(x, (size, *shape))
-            return x.reshape(-1, *shape[1:])
+            return x.reshape(size * shape[0], *shape[1:])
 
         leaves = [joined(x, a) for x, a in zip(leaves, at, strict=True)]
         pages = leaves[0].shape[0] // size
@@ -338,7 +338,7 @@ def quantize(x: Float[Array, "... channels"], stored: DTypeLike) -> Quantized:
     """
     largest = _LARGEST[jnp.dtype(stored)]
     wide = x.astype(jnp.float32)
-    scale = jnp.abs(wide).max(axis=-1) / largest
+    scale = jnp.abs(wide).max(axis=-1, initial=0) / largest
     scaled = wide / jnp.where(scale == 0, 1, scale)[..., None]
     if jnp.issubdtype(stored, jnp.integer):
         scaled = jnp.clip(jnp.round(scaled), -largest, largest)

@@ -18,16 +18,18 @@ import sys
 import time
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import UInt8
 from lm import checkpoint, curve
-from lm.config import flag, parse_mask, RunConfig
+from lm.caches import init_caches
+from lm.config import add_flags, flag, given, parse_mask, RunConfig
 from lm.data import read_text, Split, split
 from lm.model import num_parameters
 from lm.ngram import WittenBell
+from lm.pick import Sampling
 from lm.sample import generate
-from lm.train import evaluate, init_state, State, train_step
+from lm.train import evaluate, init_state, restore, State, train_step
 from tqdm import tqdm
 
 
@@ -38,16 +40,7 @@ def parser() -> argparse.ArgumentParser:
     run = result.add_argument_group(
         "what defines a run (with --resume, taken from the run)"
     )
-    for field in dataclasses.fields(RunConfig):
-        shown = "" if field.default is None else f" (default: {field.default})"
-        run.add_argument(
-            flag(field.name),
-            # Only what was asked for is in the result, so that a resumed run can tell.
-            default=argparse.SUPPRESS,
-            type=str if field.default is None else type(field.default),
-            metavar="FILE" if field.name == "text" else field.name.upper(),
-            help=field.metadata["help"] + shown,
-        )
+    add_flags(run, RunConfig)
     files = result.add_argument_group("files")
     files.add_argument(
         "--out",
@@ -74,13 +67,7 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument(
         "--sample-bytes", type=int, default=400, help="default: %(default)s"
     )
-    sample.add_argument(
-        "--temperature", type=float, default=0.7, help="default: %(default)s; 0 is greedy"
-    )
-    sample.add_argument(
-        "--top-k", type=int, default=40, help="bytes to draw from (default: %(default)s)"
-    )
-    sample.add_argument("--sample-seed", type=int, default=0, help="default: %(default)s")
+    add_flags(sample, Sampling)
     return result
 
 
@@ -94,12 +81,14 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--prompt must not be empty")
     if args.sample_bytes < 0:
         raise ValueError(f"--sample-bytes must be >= 0; got {args.sample_bytes}")
-    if not 0 <= args.temperature < float("inf"):
-        raise ValueError(f"--temperature must be >= 0; got {args.temperature}")
-    if not 1 <= args.top_k <= 256:
-        raise ValueError(f"--top-k must be in [1, 256]; got {args.top_k}")
-    if not 0 <= args.sample_seed < 2**32:
-        raise ValueError(f"--sample-seed must be in [0, 2**32); got {args.sample_seed}")
+
+
+def header_of(config: RunConfig, text: UInt8[np.ndarray, " text"]) -> dict[str, Any]:
+    """What a checkpoint of a run says of it."""
+    return {
+        "config": dataclasses.asdict(config),
+        "text_sha256": hashlib.sha256(text.tobytes()).hexdigest(),
+    }
 
 
 class Run(NamedTuple):
@@ -109,47 +98,40 @@ class Run(NamedTuple):
     state: State
 
 
-def start(args: argparse.Namespace) -> Run:
-    """A new run, or the one in `--out` from where it was.
+def start(config: RunConfig, out: pathlib.Path) -> Run:
+    """A new run, in place of one that may be in `out`.
 
-    **Raises:** a `ValueError` or an `OSError` if that is not possible.
+    **Raises:** a `ValueError` or an `OSError` if there is no such text, or not enough.
     """
-    given = {
-        field.name: getattr(args, field.name)
-        for field in dataclasses.fields(RunConfig)
-        if hasattr(args, field.name)
-    }
-    if args.resume:
-        saved = checkpoint.read(args.out / "checkpoint")
-        config = RunConfig(**saved.header["config"])
-        for name, value in given.items():
-            if value != getattr(config, name):
-                raise ValueError(
-                    f"{flag(name)} is {value}, but the run to resume has "
-                    f"{getattr(config, name)}; leave it out, or start a new run"
-                )
-    else:
-        saved = None
-        config = RunConfig(**given)
-
     text = read_text(config.text)
-    header = {
-        "config": dataclasses.asdict(config),
-        "text_sha256": hashlib.sha256(text.tobytes()).hexdigest(),
-    }
-    if saved is None:
-        run = Run(config, header, split(text, config.seq), init_state(config))
-        args.out.mkdir(parents=True, exist_ok=True)
-        # Whenever a run is killed, there is something to resume.
-        checkpoint.save(args.out / "checkpoint", header, run.state)
-        return run
-    if saved.header != header:
+    header = header_of(config, text)
+    run = Run(config, header, split(text, config.seq), init_state(config))
+    out.mkdir(parents=True, exist_ok=True)
+    # Whenever a run is killed, there is something to resume.
+    checkpoint.save(out / "checkpoint", header, run.state)
+    return run
+
+
+def resume(asked: dict[str, Any], out: pathlib.Path) -> Run:
+    """The run in `out`, from where it was.
+
+    **Raises:** a `ValueError` or an `OSError` if it cannot go on, or not as `asked`.
+    """
+    saved = checkpoint.read(out / "checkpoint")
+    config, state = restore(saved)
+    for name, value in asked.items():
+        if value != getattr(config, name):
+            raise ValueError(
+                f"{flag(name)} is {value}, but the run to resume has "
+                f"{getattr(config, name)}; leave it out, or start a new run"
+            )
+    text = read_text(config.text)
+    if saved.header != header_of(config, text):
         raise ValueError(
             f"the text ({config.text or 'pydoc_data, which differs between Pythons'}) is "
             "not the one that the run to resume was started on"
         )
-    like = eqx.filter_eval_shape(init_state, config)  # shapes and dtypes, no numbers
-    return Run(config, header, split(text, config.seq), saved.restore(like))
+    return Run(config, saved.header, split(text, config.seq), state)
 
 
 def train(run: Run, out: pathlib.Path, checkpoint_every: int) -> State:
@@ -192,7 +174,11 @@ def main(argv: list[str] | None = None) -> None:
     args = arguments.parse_args(argv)
     try:
         check(args)
-        run = start(args)
+        sampling = Sampling(**given(args, Sampling))
+        asked = given(args, RunConfig)
+        run = (
+            resume(asked, args.out) if args.resume else start(RunConfig(**asked), args.out)
+        )
     except (OSError, ValueError) as error:
         arguments.error(str(error))
 
@@ -216,16 +202,10 @@ def main(argv: list[str] | None = None) -> None:
         ngram_loss,
     )
     prompt = args.prompt.encode(errors="surrogateescape")
-    sampled = generate(
-        state.model,
-        prompt,
-        args.sample_bytes,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        seed=args.sample_seed,
-    )
+    caches = init_caches(config, "static", 1, len(prompt) + args.sample_bytes)
+    sampled = generate(state.model, [prompt], args.sample_bytes, caches, sampling)
     # The last character may be a part of one.
-    sample = (prompt + bytes(sampled)).decode(errors="replace")
+    sample = (prompt + bytes(byte for (byte,) in sampled)).decode(errors="replace")
     (args.out / "sample.txt").write_text(sample, encoding="utf-8")
     print(f"\n{sample}\n")
     loss = float(state.validation_loss[-1])

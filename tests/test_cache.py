@@ -217,7 +217,7 @@ def test_attend_empty():
         (dict(capacity=0), "capacity"),
         (dict(num_kv_heads=0), "num_kv_heads"),
         (dict(head_dim=-1), "head_dim"),
-        (dict(value_dim=0), "value_dim"),
+        (dict(value_dim=-1), "value_dim"),
         (dict(batch=(2, 0)), "batch"),
     ),
 )

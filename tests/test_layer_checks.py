@@ -22,6 +22,10 @@ def _multihead(qk_norm=None):
     )
 
 
+def _latent(q_rank=6):
+    return eqa.MultiheadLatentAttention(4, 8, 5, q_rank=q_rank, rope_size=2, key=jr.key(0))
+
+
 def _rotary():
     return eqa.RotaryEmbedding(8, scaling=eqa.YaRNScaling(4.0, 32))
 
@@ -54,6 +58,16 @@ _CASES = (
     (_multihead, "qk_norm", "rms", "query_norm"),
     (lambda: _multihead("rms"), "qk_norm", "l2", "query_norm"),
     (lambda: _multihead("rms"), "key_norm", None, "key_norm"),
+    (_latent, "num_heads", 2, "query_proj.*out_features=8.*got 6 and 16"),
+    (_latent, "kv_rank", 4, "latent_proj.*out_features=6"),
+    (_latent, "q_rank", None, "query_proj.*in_features=8"),
+    (_latent, "q_rank", 0, "q_rank must be positive"),
+    (_latent, "query_norm", None, r"query_norm must have the shape \(6,\); got None"),
+    (_latent, "latent_norm.shape", [4], r"latent_norm must have the shape \(5,\)"),
+    (lambda: _latent(8), "q_rank", None, "query_down must be None"),
+    (_latent, "rope_size", 3, "rotary must have a head_dim of rope_size=3"),
+    (_latent, "config.scale", None, "scale"),
+    (_latent, "config.dropout", 0.5, "dropout"),
     (_rotary, "head_dim", 7, "head_dim"),
     (_rotary, "head_dim", -8, "head_dim"),
     (_rotary, "theta", 1.0, "theta"),

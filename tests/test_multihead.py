@@ -536,6 +536,8 @@ def test_bad_cache(key):
     ):
         with pytest.raises(ValueError, match="positions"):
             mha(*x, cache=cache, **kwargs)
+    with pytest.raises(ValueError, match="MultiheadAttention: lengths are for a cache"):
+        mha(*x, lengths=jnp.array(3))
     with pytest.raises(ValueError, match="batch"):
         mha(*x, cache=eqa.StaticCache.init(8, 3, 4, batch=(2,)))
     with pytest.raises(TypeError, match="key_"):

@@ -79,6 +79,9 @@ MODULES = {
         attention=eqa.AttentionConfig(mask=eqa.Causal(), precision="highest"),
         key=_key,
     ),
+    "latent": lambda: eqa.MultiheadLatentAttention(
+        2, 8, kv_rank=6, q_rank=4, use_latent_bias=True, dtype=jnp.bfloat16, key=_key
+    ),
     "rotary": lambda: eqa.RotaryEmbedding(8, scaling=eqa.YaRNScaling(4.0, 32)),
     "feed_forward": lambda: eqa.FeedForward(4, dtype=jnp.bfloat16, key=_key),
     "cache": lambda: eqa.StaticCache.init(

@@ -26,7 +26,7 @@ sys.path.insert(0, str(_examples))
 
 import eqx_attention as eqa  # noqa: E402
 import train_lm  # noqa: E402
-from lm import checkpoint, data, ngram, sample  # noqa: E402
+from lm import checkpoint, data, ngram  # noqa: E402
 from lm.config import parse_mask, RunConfig  # noqa: E402
 from lm.model import LanguageModel, losses  # noqa: E402
 from lm.train import evaluate, init_state, train_step  # noqa: E402
@@ -396,46 +396,6 @@ def test_ngram_is_a_distribution():
         ]
         assert min(probabilities) > 0
         assert sum(probabilities) == pytest.approx(1, rel=1e-12)
-
-
-def test_sample_through_the_cache():
-    """Greedily, the cache yields what reading everything anew for each byte does."""
-    config = dataclasses.replace(_tiny, mask="window:5")
-    model = LanguageModel(config, key=jr.key(1))
-    # Larger weights, so that the likeliest byte is not just the last one.
-    model = jax.tree.map(lambda x: 3 * x, model)
-    prompt, num_bytes = b"what ", 12
-    got = list(sample.generate(model, prompt, num_bytes, temperature=0.0, top_k=1, seed=0))
-    assert len(set(got)) > 3
-    forward = eqx.filter_jit(lambda model, tokens: model(tokens)[0])
-    tokens = np.zeros(len(prompt) + num_bytes, np.int32)
-    tokens[: len(prompt)] = list(prompt)
-    for i in range(len(prompt), len(tokens)):
-        # What comes later is not seen.
-        tokens[i] = int(jnp.argmax(forward(model, jnp.asarray(tokens))[i - 1]))
-    assert got == tokens[len(prompt) :].tolist()
-
-
-def test_sample_is_seeded():
-    model = LanguageModel(_tiny, key=jr.key(0))
-
-    def draw(**kwargs):
-        options = dict(temperature=1.0, top_k=256, seed=0) | kwargs
-        return list(sample.generate(model, b"a", 8, **options))
-
-    assert draw() == draw()
-    assert draw() != draw(seed=1)
-    assert draw(top_k=1) == draw(temperature=0.0)
-
-
-def test_pick():
-    logits = jnp.array([0.0, 3.0, 2.0, 1.0])
-    drawn = jax.vmap(lambda key: sample.pick(logits, 1.0, 2, key))(
-        jr.split(jr.key(0), 2000)
-    )
-    counts = np.bincount(drawn, minlength=4)
-    assert counts[0] == counts[3] == 0
-    assert counts[1] / 2000 == pytest.approx(np.e / (1 + np.e), abs=0.04)
 
 
 def test_mechanisms_agree(text_file):

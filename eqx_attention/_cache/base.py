@@ -57,7 +57,9 @@ class AbstractCache(eqx.Module):
         - `capacity`: How many tokens of each sequence it can hold.
         - `num_kv_heads`: How many heads keys and values have.
         - `head_dim`: The number of channels of a key head.
-        - `value_dim`: The number of channels of a value head. Defaults to `head_dim`.
+        - `value_dim`: The number of channels of a value head. Defaults to `head_dim`. May
+            be 0, where values are a part of the keys, as in
+            [`eqx_attention.MultiheadLatentAttention`][].
         - `batch`: The batch axes. Defaults to none. (Keyword only argument.)
         - `dtype`: The dtype of the keys and values. (Keyword only argument.)
 

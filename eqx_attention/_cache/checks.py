@@ -15,8 +15,10 @@ from .._keys import is_stored, Keys, Quantized
 def check_sizes(name: str, dtype: DTypeLike, batch: tuple[int, ...], **sizes: int) -> None:
     """Of what is to be made."""
     for what, size in (*sizes.items(), *(("batch", size) for size in batch)):
-        if size < 1:
-            raise ValueError(f"{name}: {what} must be positive; got {size}.")
+        # No values, where they are a part of the keys.
+        if size < (what != "value_dim"):
+            least = ">= 0" if what == "value_dim" else "positive"
+            raise ValueError(f"{name}: {what} must be {least}; got {size}.")
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"{name}: dtype must be a floating-point dtype; got {dtype}.")
 

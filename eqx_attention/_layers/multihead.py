@@ -19,7 +19,7 @@ from .._tokens import both_positions
 from .checks import check_channels, check_dropout, check_linear, check_positive
 from .heads import normalise, process, project, rms_norm
 from .options import config_of, dropout_of, mask_of, of_cache
-from .positions import positions
+from .positions import appended, positions
 from .rotary import RotaryEmbedding
 
 
@@ -195,7 +195,7 @@ class MultiheadAttention(eqx.Module):
         attention = AttentionConfig() if attention is None else attention
         if isinstance(attention, Attention):
             inference = inference or attention.inference
-        self.dropout = eqx.nn.Dropout(dropout_of(attention, dropout_p), inference)
+        self.dropout = eqx.nn.Dropout(dropout_of(self, attention, dropout_p), inference)
         self._check_options()
 
         linear = ft.partial(eqx.nn.Linear, dtype=dtype)
@@ -300,6 +300,7 @@ class MultiheadAttention(eqx.Module):
         deterministic: bool | None = None,
         process_heads: Callable[..., Any] | None = None,
         cache: AbstractCache | None = None,
+        lengths: Int[Array, ""] | None = None,
         score: Any = (),
         sinks: Float[Array, " num_heads"] | None = None,
         q_positions: Literal["start", "end"] | Int[Array, " q_seq"] = "start",
@@ -327,6 +328,8 @@ class MultiheadAttention(eqx.Module):
             it. Positions of query and key tokens count from the cache's length, and
             `kv_seq` in `mask` is the number of the cache's slots. (Keyword only
             argument.)
+        - `lengths`: How many of the tokens, from the first on, the cache gets; the others
+            are padding. Defaults to all. (Keyword only argument.)
         - `score`: Scores that follow those that the layer was made with. (Keyword only
             argument.)
         - `sinks`: One logit a query head, which joins the softmax and has no value.
@@ -344,8 +347,8 @@ class MultiheadAttention(eqx.Module):
 
         A `TypeError` if an array has a wrong rank, axis or dtype. A `ValueError` if
         there is dropout and `key` is missing, if `process_heads` changes a shape, or if
-        positions are given with a cache. If the cache is full, that is an error as
-        `cache.append` says.
+        positions are given with a cache, or lengths without. If the cache is full, that
+        is an error as `cache.append` says.
         """
         if deterministic is not None:
             inference = deterministic
@@ -369,23 +372,22 @@ class MultiheadAttention(eqx.Module):
             )
 
         q_positions, kv_positions = positions(
-            cache, q_positions, kv_positions, q_seq, kv_seq
+            self, cache, q_positions, kv_positions, q_seq, kv_seq
         )
         if self.rotary is not None:
             q, kv = both_positions(q_positions, kv_positions, q_seq, kv_seq)
             query_heads = self.rotary(query_heads, q)
             key_heads = self.rotary(key_heads, kv)
-        valid = None
-        if cache is not None:
-            cache = cache.append(key_heads, value_heads)
-            key_heads, value_heads, kv_positions, valid = cache.keys_values()
+        cache, key_heads, value_heads, kv_positions, valid = appended(
+            self, cache, key_heads, value_heads, kv_positions, lengths
+        )
 
         attention = of_cache(self.attention, cache, q_seq, kv_seq)
         out: Any = attention(
             query_heads,
             key_heads,
             value_heads,
-            mask=mask_of(mask, valid, q_seq, self.num_heads),
+            mask=mask_of(self, mask, valid, q_seq),
             score=score,
             sinks=sinks,
             key=key,

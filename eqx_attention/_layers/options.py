@@ -18,26 +18,27 @@ def config_of(attention: AttentionConfig | Attention, **changed: Any) -> Attenti
     return AttentionConfig(**({n: getattr(attention, n) for n in names} | changed))
 
 
-def dropout_of(attention: AttentionConfig | Attention, dropout_p: float) -> float:
+def dropout_of(
+    module: Any, attention: AttentionConfig | Attention, dropout_p: float
+) -> float:
     """The dropout that is given in one of two places, or in both alike."""
     if dropout_p != 0 and attention.dropout not in (0, dropout_p):
         raise ValueError(
-            "MultiheadAttention: dropout_p must be that of attention, if both are given; "
-            f"got {dropout_p}, and attention.dropout={attention.dropout}."
+            f"{type(module).__name__}: dropout_p must be that of attention, if both are "
+            f"given; got {dropout_p}, and attention.dropout={attention.dropout}."
         )
     return float(dropout_p if attention.dropout == 0 else attention.dropout)
 
 
-def mask_of(
-    mask: Any, valid: AbstractMask | None, q_seq: int, num_heads: int
-) -> AbstractMask:
+def mask_of(module: Any, mask: Any, valid: AbstractMask | None, q_seq: int) -> AbstractMask:
     """The mask of a call, `&`-ed with that of a cache."""
+    num_heads = module.num_heads
     if mask is None:
         mask = Full()
     elif not isinstance(mask, AbstractMask):
         if mask.shape[:-1] not in ((q_seq,), (num_heads, q_seq)):
             raise TypeError(
-                "MultiheadAttention: mask must have shape (q_seq, kv_seq) or "
+                f"{type(module).__name__}: mask must have shape (q_seq, kv_seq) or "
                 f"(num_heads, q_seq, kv_seq), where q_seq={q_seq} and "
                 f"num_heads={num_heads}; got {mask.shape}."
             )

@@ -1,4 +1,4 @@
-"""The parts of `train_lm.py`, one idea a file.
+"""The parts of `train_lm.py` and `generate.py`, one idea a file.
 
 - `config`: what defines a run, as a value.
 - `data`: the text, its held-out part, and which bytes are read at which step.
@@ -6,6 +6,8 @@
 - `model`: the transformer.
 - `train`: the optimiser, a training step, and the validation loss.
 - `checkpoint`: files that survive a crash.
-- `sample`: generating text through a key-value cache.
+- `caches`: the kinds of key-value caches.
+- `pick`: which byte comes next.
+- `sample`: generating text through a cache.
 - `curve`: the picture.
 """

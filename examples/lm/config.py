@@ -1,5 +1,6 @@
 """What defines a run, as a value. Each field is a flag of the command line too."""
 
+import argparse
 import dataclasses
 from typing import Any
 
@@ -9,7 +10,7 @@ import eqx_attention as eqa
 MECHANISMS = ("auto", "vanilla", "blockwise")
 
 
-def _option(default: Any, text: str) -> Any:
+def option(default: Any, text: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": text})
 
 
@@ -21,29 +22,29 @@ class RunConfig:
     **Raises:** a `ValueError` that names the flag, for what cannot be trained.
     """
 
-    text: str | None = _option(
+    text: str | None = option(
         None, "file to train on (default: the Python documentation in pydoc_data)"
     )
-    mechanism: str = _option("auto", f"how to attend: {', '.join(MECHANISMS)}")
-    mask: str = _option(
+    mechanism: str = option("auto", f"how to attend: {', '.join(MECHANISMS)}")
+    mask: str = option(
         "causal",
         "which earlier bytes each byte sees: causal (all of them), window:N (the last N, "
         "itself included), chunked:N (those in its own chunk of N), or several of these "
         "joined by commas",
     )
-    steps: int = _option(1200, "number of training steps")
-    batch: int = _option(8, "sequences a step")
-    seq: int = _option(256, "bytes a sequence")
-    width: int = _option(128, "channels a token")
-    depth: int = _option(3, "number of transformer blocks")
-    heads: int = _option(4, "query heads")
-    kv_heads: int = _option(2, "key and value heads; query heads share them")
-    ff_block: int = _option(
+    steps: int = option(1200, "number of training steps")
+    batch: int = option(8, "sequences a step")
+    seq: int = option(256, "bytes a sequence")
+    width: int = option(128, "channels a token")
+    depth: int = option(3, "number of transformer blocks")
+    heads: int = option(4, "query heads")
+    kv_heads: int = option(2, "key and value heads; query heads share them")
+    ff_block: int = option(
         64, "tokens whose hidden layer exists at a time in the feed-forward network"
     )
-    lr: float = _option(6e-3, "highest learning rate")
-    weight_decay: float = _option(0.1, "weight decay of all matrices")
-    seed: int = _option(0, "seed of the initial weights and of the order of the data")
+    lr: float = option(6e-3, "highest learning rate")
+    weight_decay: float = option(0.1, "weight decay of all matrices")
+    seed: int = option(0, "seed of the initial weights and of the order of the data")
 
     def __post_init__(self):
         for name in (
@@ -94,6 +95,26 @@ class RunConfig:
 def flag(name: str) -> str:
     """The command line's name for a field."""
     return "--" + name.replace("_", "-")
+
+
+def add_flags(group: Any, cls: type) -> None:
+    """Adds a flag for each field to a group of arguments."""
+    for field in dataclasses.fields(cls):
+        shown = "" if field.default is None else f" (default: {field.default})"
+        group.add_argument(
+            flag(field.name),
+            # Only what was asked for is in the result, so that `given` can tell.
+            default=argparse.SUPPRESS,
+            type=str if field.default is None else type(field.default),
+            metavar="FILE" if field.name == "text" else field.name.upper(),
+            help=field.metadata["help"] + shown,
+        )
+
+
+def given(args: argparse.Namespace, cls: type) -> dict[str, Any]:
+    """What the command line says of the fields."""
+    names = [field.name for field in dataclasses.fields(cls)]
+    return {name: getattr(args, name) for name in names if hasattr(args, name)}
 
 
 def parse_mask(spec: str) -> eqa.AbstractMask:

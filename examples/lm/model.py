@@ -13,8 +13,8 @@ from .config import RunConfig
 VOCABULARY = 256
 EMBEDDING_SCALE = 0.02
 
-# One a block; `None` where there is nothing before the tokens at hand.
-Caches = tuple[eqa.AbstractCache | None, ...]
+# One a block; none if there is nothing to keep.
+Caches = tuple[eqa.AbstractCache, ...]
 
 
 class Block(eqx.Module):
@@ -47,10 +47,13 @@ class Block(eqx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "seq width"], cache: eqa.AbstractCache | None
+        self,
+        x: Float[Array, "seq width"],
+        cache: eqa.AbstractCache | None,
+        length: Int[Array, ""] | None,
     ) -> tuple[Float[Array, "seq width"], eqa.AbstractCache | None]:
         h = jax.vmap(self.attention_norm)(x)
-        h = self.attention(h, h, h, cache=cache)
+        h = self.attention(h, h, h, cache=cache, lengths=length)
         if isinstance(h, tuple):  # given a cache, it returns the new one, too
             h, cache = h
         x = x + h
@@ -73,13 +76,18 @@ class LanguageModel(eqx.Module):
         self.norm = eqx.nn.RMSNorm(config.width, use_bias=False)
 
     def __call__(
-        self, tokens: Int[Array, " seq"], caches: Caches | None = None
+        self,
+        tokens: Int[Array, " seq"],
+        caches: Caches = (),
+        length: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "seq vocabulary"], Caches]:
         """**Arguments:**
 
         - `tokens`: Bytes, as integers. Use `jax.vmap` for batches.
         - `caches`: What the model has read before these, from `init_caches` or from an
-            earlier call. Defaults to nothing.
+            earlier call. Defaults to nothing, and to keeping nothing.
+        - `length`: How many of the tokens, from the first on, the caches get; the others
+            are padding. Defaults to all.
 
         **Returns:**
 
@@ -91,18 +99,10 @@ class LanguageModel(eqx.Module):
         x = self.embedding[tokens] / EMBEDDING_SCALE
         new_caches = []
         for block, cache in zip(self.blocks, caches or (None,) * len(self.blocks)):
-            x, cache = block(x, cache)
-            new_caches.append(cache)
+            x, cache = block(x, cache, length)
+            if cache is not None:
+                new_caches.append(cache)
         return jax.vmap(self.norm)(x) @ self.embedding.T, tuple(new_caches)
-
-    def init_caches(self, capacity: int) -> Caches:
-        """Empty caches for sequences of up to `capacity` tokens."""
-        return tuple(
-            eqa.StaticCache.init(
-                capacity, block.attention.num_kv_heads, block.attention.qk_size
-            )
-            for block in self.blocks
-        )
 
 
 def num_parameters(model: LanguageModel) -> int:

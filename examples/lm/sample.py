@@ -1,64 +1,73 @@
 """Generating text, one byte at a time, through a key-value cache."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+import numpy as np
+from jaxtyping import Array, Int
 
+from .caches import CHUNK
 from .model import Caches, LanguageModel
-
-
-def pick(
-    logits: Float[Array, " vocabulary"],
-    temperature: float,
-    top_k: int,
-    key: PRNGKeyArray,
-) -> Int[Array, ""]:
-    """Draws a byte from the `top_k` likeliest; at temperature 0, takes the likeliest."""
-    if temperature == 0:
-        return jnp.argmax(logits)
-    largest, indices = jax.lax.top_k(logits, top_k)
-    return indices[jr.categorical(key, largest / temperature)]
+from .pick import pick, Sampling
 
 
 # The caches are donated, so that appending to them writes in place.
 @eqx.filter_jit(donate="all-except-first")
-def _next_byte(
-    constants: tuple[LanguageModel, Int[Array, " seq"], float, int, PRNGKeyArray],
+def next_bytes(
+    constants: tuple[
+        LanguageModel, Sampling, Int[Array, "batch seq"], Int[Array, " batch"] | None
+    ],
     caches: Caches,
-) -> tuple[Int[Array, ""], Caches]:
-    model, tokens, temperature, top_k, key = constants
-    logits, caches = model(tokens, caches)
-    return pick(logits[-1], temperature, top_k, key), caches
+) -> tuple[Int[Array, " batch"], Caches]:
+    """Reads the tokens of each sequence, or as many as its length says, and picks the byte
+    that comes next."""
+    model, sampling, tokens, lengths = constants
+
+    def of_one_sequence(row, tokens, length, caches):
+        logits, caches = model(tokens, caches, length)
+        last = tokens.shape[0] - 1 if length is None else length - 1
+        # Each byte of each sequence has random bits of its own.
+        key = jr.fold_in(jr.fold_in(jr.key(sampling.sample_seed), row), caches[0].length)
+        return pick(logits[last], sampling, key).astype(tokens.dtype), caches
+
+    rows = jnp.arange(tokens.shape[0])
+    axes = (0, 0, None if lengths is None else 0, 0)
+    return jax.vmap(of_one_sequence, in_axes=axes)(rows, tokens, lengths, caches)
 
 
 def generate(
     model: LanguageModel,
-    prompt: bytes,
+    prompts: Sequence[bytes],
     num_bytes: int,
-    *,
-    temperature: float,
-    top_k: int,
-    seed: int,
-) -> Iterator[int]:
-    """Continues the prompt. Each byte costs one token's work, not the whole text's.
+    caches: Caches,
+    sampling: Sampling,
+) -> Iterator[list[int]]:
+    """Continues the prompts. Each byte costs one token's work, not the whole text's.
 
     **Arguments:**
 
-    - `prompt`: At least one byte.
-    - `num_bytes`: How many bytes to yield.
-    - `temperature`: Below 1 for likelier text, 0 for the likeliest byte each time.
-    - `top_k`: How many bytes to draw from, at most 256.
-    - `seed`: Equal seeds give equal text.
+    - `prompts`: Of any lengths, each at least one byte; read in chunks.
+    - `num_bytes`: How many bytes each goes on for. Yields one a prompt at a time.
+    - `caches`: Empty ones, from `init_caches`, which are not to be used again.
+    - `sampling`: How to draw.
     """
-    caches = model.init_caches(len(prompt) + num_bytes)
-    tokens = jnp.array(list(prompt), jnp.int32)
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    chunk = min(CHUNK, max(lengths))
+    tokens = np.zeros((len(prompts), max(lengths) + -max(lengths) % chunk), np.int32)
+    for row, prompt in zip(tokens, prompts):
+        row[: len(prompt)] = list(prompt)
+    drawn = jnp.zeros(len(prompts), jnp.int32)
+    for start in range(0, tokens.shape[1], chunk):
+        left = np.clip(lengths - start, 0, chunk)
+        part = jnp.asarray(tokens[:, start : start + chunk])
+        new, caches = next_bytes((model, sampling, part, jnp.asarray(left)), caches)
+        # The byte that follows a prompt is drawn where the prompt ends.
+        drawn = jnp.where(left > 0, new, drawn)
     for i in range(num_bytes):
-        key = jr.fold_in(jr.key(seed), i)
-        # All of the prompt at first, and then the byte that was drawn last.
-        byte, caches = _next_byte((model, tokens, temperature, top_k, key), caches)
-        yield int(byte)
-        tokens = byte[None].astype(jnp.int32)
+        if i > 0:
+            constants = (model, sampling, drawn[:, None], None)
+            drawn, caches = next_bytes(constants, caches)
+        yield drawn.tolist()

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, Int32, UInt8
 
+from .checkpoint import Checkpoint
 from .config import RunConfig
 from .data import batch_starts, cut, held_out_windows, Split
 from .model import LanguageModel, losses
@@ -55,6 +56,13 @@ def init_state(config: RunConfig) -> State:
         train_loss=jnp.full(config.steps, jnp.nan, jnp.float32),
         validation_loss=jnp.full(config.steps, jnp.nan, jnp.float32),
     )
+
+
+def restore(saved: Checkpoint) -> tuple[RunConfig, State]:
+    """What a checkpoint of `train_lm.py` holds."""
+    config = RunConfig(**saved.header["config"])
+    like = eqx.filter_eval_shape(init_state, config)  # shapes and dtypes, no numbers
+    return config, saved.restore(like)
 
 
 # The old state's memory is reused for the new one: all arguments but the first are donated.
