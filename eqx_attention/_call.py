@@ -44,8 +44,8 @@ def call_of(
     check_positions(kv_positions, "kv_positions", (None,))
     if shards is not None and is_stored(key_, value):
         raise ValueError(
-            "sharding: expected arrays of keys and values, got "
-            f"{type(key_).__name__} and {type(value).__name__}, which no device has a part of."
+            "sharding: expected arrays of keys and values, which devices can have parts of, "
+            f"got {type(key_).__name__} and {type(value).__name__}."
         )
     dropout = as_dropout(dropout)
     dropped = dropout > 0 and not inference
