@@ -44,7 +44,7 @@ def call_of(
     check_positions(kv_positions, "kv_positions", (None,))
     if shards is not None and is_stored(key_, value):
         raise ValueError(
-            "sharding: expected arrays of keys and values, which devices can have parts of, "
+            "sharding: expected arrays of keys and values, of which devices have parts, "
             f"got {type(key_).__name__} and {type(value).__name__}."
         )
     dropout = as_dropout(dropout)
