@@ -24,7 +24,6 @@ queries, before the output of the last one is written.
 """
 
 import functools as ft
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +35,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from .._axes import ceil_div
 from .._mechanism.base import Request
 from .._score import ALiBi, SoftCap
+from .forward import Blocks as Blocks, operands
 from .hidden_values import replace_nan
 from .hopper import (
     along,
@@ -59,37 +59,22 @@ from .terms import folded_scale, keep_fn, logit_fn, Place, terms_of, visible_fn
 _TURN, _DONE = 5, 8
 
 
-# What it takes to start a row, in tiles; and bytes of shared memory that tiles may take.
-_START, _SHARED = 2, 225 * 1024
+# What it takes to start a row, in tiles.
+_START = 2
 
 
-class Blocks(NamedTuple):
-    """How the forward kernel is cut: queries of a warpgroup, keys of a tile, how many tiles
-    of keys are in flight, how many warpgroups compute; and whether a warpgroup, if nothing
-    is hidden, has the matrix units compute the next tile's logits and the last one's output
-    while it computes its softmax."""
-
-    query: int = 64
-    key: int = 128
-    stages: int = 2
-    warpgroups: int = 2
-    overlap: bool = False
-
-    @property
-    def rows(self) -> int:
-        """Queries of a block of threads."""
-        return self.query * self.warpgroups
-
-
-def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
-    """`(out, lse)`, as of a mechanism; `out` is in the result's dtype.
+def forward(
+    request: Request, blocks: Blocks, splits: int = 1
+) -> tuple[jax.Array, jax.Array]:
+    """`(out, lse)`, as of a mechanism; `out` is in the result's dtype. Or as many partials
+    as there are `splits` of each row's tiles, one after another along the batch.
 
     **Raises:** `NotElementwise` if a mask or a score does more than a kernel can.
     """
     q, k, v = (whole_rows(x) for x in (request.query, request.key_, request.value))
     batch, q_len, heads, head_dim = request.query.shape
     value_dim = v.shape[-1]
-    groups, dtype = request.groups, q.dtype
+    groups, dtype, result = request.groups, q.dtype, request.result_dtype
     stages, warpgroups = blocks.stages, blocks.warpgroups
     rows = ceil_div(q_len, blocks.rows)
     tiles = table(request, blocks.rows, blocks.key)
@@ -110,33 +95,45 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
     factor = LOG2E * (1.0 if scale is None else scale)
     shape = (blocks.query, blocks.key)
     order = place_of(batch, heads, rows, section(request) * groups)
-    operands, stays = _operands(request, blocks, head_dim, value_dim)
+    held, stays = operands(request, blocks, head_dim, value_dim)
 
     def place(n):
-        """`(batch, head, key head, row of tiles)` of the n-th row of all."""
-        b, h, i = order(n)
+        """`(batch, head, row of tiles, split)` of the n-th piece of all."""
+        b, h, i = order(lax.div(n, splits))
         # The last rows come first: under a causal mask, they are the longest.
-        return b, h, lax.div(h, groups) if groups > 1 else h, rows - 1 - i
+        return b, h, rows - 1 - i, lax.rem(n, splits)
+
+    def row_of(b, h, i):
+        return tiles.at(b, lax.div(h, groups) if groups > 1 else h, i)
 
     def cost(n):
-        b, _, kv_head, i = place(n)
-        return tiles.some[tiles.at(b, kv_head, i)] + _START
+        known = not isinstance(tiles.some, Tracer)
+        return tiles.some[row_of(*place(n)[:3])] + _START if known else jnp.ones_like(n)
 
-    schedule = Schedule(batch * heads * rows)
-    if stays and not isinstance(tiles.some, Tracer):
+    schedule = Schedule(batch * heads * rows * splits)
+    # If it is not known how long rows are, pieces of them are at least shorter.
+    if stays and (splits > 1 or not isinstance(tiles.some, Tracer)):
         schedule = in_turn(schedule.programs, cost)
     turns = schedule.arrays
 
     def kernel(q_ref, k_ref, v_ref, columns_ref, full_ref, some_ref, *refs):
         turn_refs, refs = refs[: len(turns)], refs[len(turns) :]
         *inputs, out_ref, lse_ref = refs[: terms.count + 2]
-        operands, v_smem, lse_smem, bad_smem, *barriers = refs[terms.count + 2 :]
-        (q_smem, k_smem), (out_smem,) = operands
+        first, v_smem, lse_smem, bad_smem, *barriers = refs[terms.count + 2 :]
+        (q_smem, k_smem), (out_smem,) = first
         q_ready, k_ready, v_ready, k_free, v_free = barriers
         wg, count = lax.axis_index("warpgroup"), schedule.count(turn_refs)
 
         def work(n):
             return place(schedule.piece(turn_refs, n))
+
+        def reach(row, split):
+            """The first tile of a piece; how many there are, FULL ones and all."""
+            whole, some = full_ref[row], some_ref[row]
+            if splits == 1:
+                return 0, whole, some
+            first, last = (lax.div(n * some, splits) for n in (split, split + 1))
+            return first, jnp.clip(whole, first, last) - first, last - first
 
         def give_turn():
             arrive(_TURN + lax.rem(wg + 1, warpgroups), 2 * THREADS)
@@ -148,15 +145,15 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
             return pl.ds(i * blocks.rows + wg * blocks.query, blocks.query)
 
         def fetch_queries(n):
-            b, h, _, i = work(n)
+            b, h, i, _ = work(n)
             source = q_ref.at[b, mine(i), h]
             plgpu.copy_gmem_to_smem(source, q_smem.at[wg], q_ready.at[wg])
 
         def compute(n, done):
             """The row of tiles of one round; `done` is how many tiles were before it."""
-            b, h, kv_head, i = work(n)
-            row = tiles.at(b, kv_head, i)
-            whole, some = full_ref[row], some_ref[row]
+            b, h, i, split = work(n)
+            row = row_of(b, h, i)
+            before, whole, some = reach(row, split)
             q_base = i * blocks.rows + wg * blocks.query
             given = terms.given(inputs)
             place = Place(b, h, q_base, 0, shape)
@@ -167,7 +164,7 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
                 use = [n for n in given if masked or n != "visible"]
                 if not use:
                     return None, {}
-                k_base = columns_ref[(*row, t)] * blocks.key
+                k_base = columns_ref[(*row, before + t)] * blocks.key
                 here = place._replace(key=k_base)
                 return k_base, {n: given[n].load(here, held[n]) for n in use}
 
@@ -292,7 +289,8 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
                 pl.when(whole < some)(ft.partial(await_key, whole))
                 take_turn()
             else:
-                await_key(0)
+                there = pl.when(some > 0) if splits > 1 else lambda fn: fn()
+                there(ft.partial(await_key, 0))
                 take_turn()
                 carry = lax.fori_loop(0, whole, ft.partial(one_by_one, False), empty)
             if may_mask:
@@ -304,22 +302,24 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
             lse = jnp.where(total == 0, -jnp.inf, (top + jnp.log2(total)) * (1 / LOG2E))
             kept = 1 - request.pairs.dropout.rate if request.pairs.dropout else 1.0
             inverse = 1 / (jnp.where(total == 0, 1.0, total) * kept)
-            out = (out * along(inverse, out.shape, 0)).astype(request.result_dtype)
+            out = (out * along(inverse, out.shape, 0)).astype(result)
             if stays:
                 plgpu.wait_smem_to_gmem(0)  # that of the round before
             else:
                 # The other warpgroup may still read what this overwrites.
                 sync(_DONE, warpgroups * THREADS)
+            to = split * batch + b
             out_smem[wg] = out
             lse_smem[wg] = lse
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out_smem.at[wg], out_ref.at[b, mine(i), h])
-            plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[b, h, mine(i)])
+            plgpu.copy_smem_to_gmem(out_smem.at[wg], out_ref.at[to, mine(i), h])
+            plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[to, h, mine(i)])
+
             return done + some
 
         @pl.when(wg < warpgroups)
         def _compute():
-            plgpu.set_max_registers(240 if warpgroups == 2 else 160, action="increase")
+            plgpu.set_max_registers(160 if warpgroups == 3 else 240, action="increase")
             fetch_queries(jnp.int32(0))
             # The first turn is that of the first warpgroup.
             pl.when(wg == warpgroups - 1)(give_turn)
@@ -327,12 +327,15 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
             plgpu.wait_smem_to_gmem(0)
 
         def copy(n, done):
-            b, _, kv_head, i = work(n)
-            row = tiles.at(b, kv_head, i)
+            b, h, i, split = work(n)
+            row = row_of(b, h, i)
+            before, _, some = reach(row, split)
+            kv_head = lax.div(h, groups) if groups > 1 else h
 
             def load(t, _):
                 slot = lax.rem(done + t, stages)
-                keys = (b, pl.ds(columns_ref[(*row, t)] * blocks.key, blocks.key), kv_head)
+                k_base = columns_ref[(*row, before + t)] * blocks.key
+                keys = (b, pl.ds(k_base, blocks.key), kv_head)
 
                 def one(ref, smem, ready, free):
                     @pl.when(done + t >= stages)
@@ -344,13 +347,12 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
                 one(k_ref, k_smem, k_ready, k_free)
                 one(v_ref, v_smem, v_ready, v_free)
 
-            some = some_ref[row]
             lax.fori_loop(0, some, load, None)
             return done + some
 
         @pl.when(wg == warpgroups)
         def _copy():
-            plgpu.set_max_registers(24 if warpgroups == 2 else 32, action="decrease")
+            plgpu.set_max_registers(32 if warpgroups == 3 else 24, action="decrease")
             lax.fori_loop(0, count, copy, 0)
 
     free = plgpu.Barrier(num_barriers=stages, num_arrivals=warpgroups)
@@ -361,11 +363,11 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
         schedule.programs,
         warpgroups,
         out_type=(
-            jax.ShapeDtypeStruct((*q.shape[:3], value_dim), request.result_dtype),
-            jax.ShapeDtypeStruct((batch, heads, rows * blocks.rows), jnp.float32),
+            jax.ShapeDtypeStruct((splits * batch, *q.shape[1:3], value_dim), result),
+            jax.ShapeDtypeStruct((splits * batch, heads, rows * blocks.rows), jnp.float32),
         ),
         scratch_types=(
-            operands,
+            held,
             smem((stages, blocks.key, value_dim), dtype),
             plgpu.SMEM((warpgroups, blocks.query), jnp.float32),
             plgpu.SMEM((blocks.key,), jnp.float32),
@@ -377,23 +379,3 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
         ),
     )(q, k, v, *tiles[:3], *turns, *terms.arrays)
     return out[:, :q_len], lse[..., :q_len].swapaxes(1, 2)
-
-
-def _operands(request: Request, blocks: Blocks, head_dim: int, value_dim: int):
-    """Shared memory for `((queries, keys), (output,))`, and whether there is room for all
-    of it: if not, the output takes the place of the others."""
-    dtype, result = request.query.dtype, request.result_dtype
-    queries = (blocks.warpgroups, blocks.query)
-    parts = (
-        (
-            smem((*queries, head_dim), dtype),
-            smem((blocks.stages, blocks.key, head_dim), dtype),
-        ),
-        (smem((*queries, value_dim), result),),
-    )
-    keys = blocks.stages * blocks.key * (head_dim + value_dim)
-    size = (blocks.rows * head_dim + keys) * dtype.itemsize
-    size += blocks.rows * value_dim * jnp.dtype(result).itemsize
-    if size > _SHARED:
-        return plgpu.RefUnion(*parts), False
-    return parts, True

@@ -26,6 +26,8 @@ def choose(request: Request) -> tuple[AbstractMechanism, str]:
     few = request.lengths[0] <= _FEW
     if few and "cudnn" in able:
         return able["cudnn"], f"there are at most {_FEW} queries"
+    if few and able:
+        return Decode(), f"there are at most {_FEW} queries"
     if len(able) == 2:
         name, why = faster(request)
         return able[name], why

@@ -8,6 +8,7 @@ from .._keys import key_block
 from .._partial import merge_stacked
 from .base import AbstractMechanism, Blocks, Gradients, Request
 from .blockwise import Blockwise, loop, softmax_of_tile, tile_block
+from .flash import Flash, padded_heads
 from .gather import keys_are_split
 from .plan import grid, kinds, lists
 from .tile import heads_first, TileOf, tokens_first
@@ -34,7 +35,9 @@ class Decode(AbstractMechanism):
 
     There may be several queries, as when tokens are guessed and then checked, with any
     mask between them and the keys (a [`eqx_attention.Dense`][] one, for a tree of
-    guesses). Gradients are those of [`eqx_attention.Blockwise`][].
+    guesses). Gradients are those of [`eqx_attention.Blockwise`][]. On Hopper GPUs, a kernel
+    computes all splits at once, and gradients are those of [`eqx_attention.Flash`][],
+    where that supports the call.
 
     ??? cite
 
@@ -85,6 +88,11 @@ class Decode(AbstractMechanism):
     ) -> tuple[
         Float[Array, "batch q_len q_heads value_dim"], Float[Array, "batch q_len q_heads"]
     ]:
+        if _has_kernel(request):
+            from .._kernel.hopper_decode import decode
+
+            out, lse = decode(padded_heads(request), self.num_splits)
+            return out[..., : request.value.shape[-1]], lse
         sizes = self._splits(request)
         tiles, overlaps = grid(request, sizes), (False, True)
         table = lists(kinds(request, tiles, overlaps))
@@ -129,12 +137,15 @@ class Decode(AbstractMechanism):
         dlse: Float[Array, "batch q_len q_heads"] | None,
         wrt: tuple[int, ...],
     ) -> Gradients:
-        return Blockwise().backward(request, out, lse, dout, dlse, wrt)
+        mechanism = Flash() if _has_kernel(request) else Blockwise()
+        return mechanism.backward(request, out, lse, dout, dlse, wrt)
 
     def blocks(self, request: Request) -> Blocks:
         return Blockwise().blocks(request)
 
     def explain(self, request: Request) -> str:
+        if _has_kernel(request):
+            return "decode: the keys of each head in splits, in a kernel for Hopper"
         sizes = self._splits(request)
         splits = grid(request, sizes).counts.key
         return f"decode: {splits} splits of {sizes.key} keys × {sizes.batch} batch elements"
@@ -152,6 +163,11 @@ class Decode(AbstractMechanism):
         if request.platform == "cpu":
             batch = largest_divisor(batch, max(1, _BYTES // (token * run)))
         return Blocks(batch, heads, q_len, run)
+
+
+def _has_kernel(request: Request) -> bool:
+    """Whether the kernels of `Flash` compute this."""
+    return not Flash().unsupported(request)
 
 
 def _even(length: int, limit: int) -> int:

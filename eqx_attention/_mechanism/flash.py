@@ -91,7 +91,7 @@ class Flash(AbstractMechanism):
         from .._kernel.hopper_forward import forward
         from .._kernel.tuning import forward_blocks, sizes_of
 
-        wide = _padded(request)
+        wide = padded_heads(request)
         out, lse = untyped(forward, wide, forward_blocks(sizes_of(request)))
         return out[..., : request.value.shape[-1]], lse
 
@@ -106,7 +106,7 @@ class Flash(AbstractMechanism):
     ) -> Gradients:
         from .._kernel.tuning import backward_blocks, backward_kernels, sizes_of
 
-        wide = _padded(seen_queries(request, lse))
+        wide = padded_heads(seen_queries(request, lse))
         sizes = sizes_of(request)
         empty = jnp.isneginf(lse)
         dout_ = jnp.where(empty[..., None], 0, dout)
@@ -146,7 +146,8 @@ def _wider(x: Array, size: int) -> Array:
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, size - x.shape[-1])))
 
 
-def _padded(request: Request) -> Request:
+def padded_heads(request: Request) -> Request:
+    """The same, with channels of zeros, so that heads have a size that kernels know."""
     from .._kernel.tuning import sizes_of
 
     sizes = sizes_of(request)
