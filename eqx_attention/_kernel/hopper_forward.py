@@ -50,6 +50,7 @@ from .hopper import (
     TILE,
     whole_rows,
 )
+from .pages import place_of_keys, stored
 from .schedule import in_turn, place_of, Schedule, section
 from .tables import never_masked, table
 from .terms import folded_scale, keep_fn, logit_fn, Place, terms_of, visible_fn
@@ -71,7 +72,8 @@ def forward(
 
     **Raises:** `NotElementwise` if a mask or a score does more than a kernel can.
     """
-    q, k, v = (whole_rows(x) for x in (request.query, request.key_, request.value))
+    q = whole_rows(request.query)
+    (k, k_pages), (v, v_pages) = stored(request.key_), stored(request.value)
     batch, q_len, heads, head_dim = request.query.shape
     value_dim = v.shape[-1]
     groups, dtype, result = request.groups, q.dtype, request.result_dtype
@@ -115,9 +117,11 @@ def forward(
     if stays and (splits > 1 or not isinstance(tiles.some, Tracer)):
         schedule = in_turn(schedule.programs, cost)
     turns = schedule.arrays
+    pages = [*k_pages, *v_pages]
 
     def kernel(q_ref, k_ref, v_ref, columns_ref, full_ref, some_ref, *refs):
         turn_refs, refs = refs[: len(turns)], refs[len(turns) :]
+        page_refs, refs = refs[: len(pages)], refs[len(pages) :]
         *inputs, out_ref, lse_ref = refs[: terms.count + 2]
         first, v_smem, lse_smem, bad_smem, *barriers = refs[terms.count + 2 :]
         (q_smem, k_smem), (out_smem,) = first
@@ -335,17 +339,19 @@ def forward(
             def load(t, _):
                 slot = lax.rem(done + t, stages)
                 k_base = columns_ref[(*row, before + t)] * blocks.key
-                keys = (b, pl.ds(k_base, blocks.key), kv_head)
 
-                def one(ref, smem, ready, free):
+                def one(ref, pages, smem, ready, free):
+                    keys = (*place_of_keys(ref, pages, b, k_base, blocks.key), kv_head)
+
                     @pl.when(done + t >= stages)
                     def _():
                         plgpu.barrier_wait(free.at[slot])
 
                     plgpu.copy_gmem_to_smem(ref.at[keys], smem.at[slot], ready.at[slot])
 
-                one(k_ref, k_smem, k_ready, k_free)
-                one(v_ref, v_smem, v_ready, v_free)
+                k_table, v_table = page_refs[: len(k_pages)], page_refs[len(k_pages) :]
+                one(k_ref, k_table, k_smem, k_ready, k_free)
+                one(v_ref, v_table, v_smem, v_ready, v_free)
 
             lax.fori_loop(0, some, load, None)
             return done + some
@@ -377,5 +383,5 @@ def forward(
             free,
             free,
         ),
-    )(q, k, v, *tiles[:3], *turns, *terms.arrays)
+    )(q, k, v, *tiles[:3], *turns, *pages, *terms.arrays)
     return out[:, :q_len], lse[..., :q_len].swapaxes(1, 2)

@@ -27,7 +27,7 @@ class Pairs(eqx.Module):
     dropout: Dropout | None
     q: Tokens
     kv: Tokens
-    head: Int[Array, "1 head 1 1"] | None = axes("head")
+    head: Int[Array, "1 head query 1"] | None = axes("head")
 
 
 class Split(NamedTuple):

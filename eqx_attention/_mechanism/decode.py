@@ -4,11 +4,11 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from .._axes import ceil_div, largest_divisor
-from .._keys import key_block
+from .._keys import is_stored, key_block
 from .._partial import merge_stacked
 from .base import AbstractMechanism, Blocks, Gradients, Request
 from .blockwise import Blockwise, loop, softmax_of_tile, tile_block
-from .flash import Flash, padded_heads
+from .flash import Flash, kernels_unsupported, padded_heads
 from .gather import keys_are_split
 from .plan import grid, kinds, lists
 from .tile import heads_first, TileOf, tokens_first
@@ -91,7 +91,9 @@ class Decode(AbstractMechanism):
         if _has_kernel(request):
             from .._kernel.hopper_decode import decode
 
-            out, lse = decode(padded_heads(request), self.num_splits)
+            stored = is_stored(request.key_, request.value)
+            whole = request if stored else padded_heads(request)
+            out, lse = decode(whole, self.num_splits)
             return out[..., : request.value.shape[-1]], lse
         sizes = self._splits(request)
         tiles, overlaps = grid(request, sizes), (False, True)
@@ -137,7 +139,7 @@ class Decode(AbstractMechanism):
         dlse: Float[Array, "batch q_len q_heads"] | None,
         wrt: tuple[int, ...],
     ) -> Gradients:
-        mechanism = Flash() if _has_kernel(request) else Blockwise()
+        mechanism = Blockwise() if Flash().unsupported(request) else Flash()
         return mechanism.backward(request, out, lse, dout, dlse, wrt)
 
     def blocks(self, request: Request) -> Blocks:
@@ -167,7 +169,13 @@ class Decode(AbstractMechanism):
 
 def _has_kernel(request: Request) -> bool:
     """Whether the kernels of `Flash` compute this."""
-    return not Flash().unsupported(request)
+    if kernels_unsupported(request):
+        return False
+    if not is_stored(request.key_, request.value):
+        return True
+    from .._kernel.pages import pages_fit
+
+    return pages_fit(request.key_) and pages_fit(request.value)
 
 
 def _even(length: int, limit: int) -> int:

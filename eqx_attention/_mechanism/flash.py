@@ -58,30 +58,8 @@ class Flash(AbstractMechanism):
         self.reproducible = reproducible
 
     def unsupported(self, request: Request) -> tuple[str, ...]:
-        reasons = [*keys_are_split(request), *stored_unsupported(request)]
-        if request.platform != "gpu":
-            reasons.append(f"it runs on Hopper GPUs, not on {request.platform}")
-        elif (found := compute_capability()) != (9, 0):
-            reasons.append(
-                "it runs on Hopper GPUs (compute capability 9.0), not on one of "
-                f"{found[0]}.{found[1]}"
-            )
-        if version_of_jax() < _OLDEST_JAX:
-            oldest = ".".join(map(str, _OLDEST_JAX))
-            reasons.append(f"it needs jax {oldest} or later, not {jax.__version__}")
-        reasons += wider_than_16_bits(request.query, request.key_, request.value)
-        sizes = {
-            "head_dim": request.query.shape[-1],
-            "value_dim": request.value.shape[-1],
-        }
-        for name, size in sizes.items():
-            if not 1 <= size <= _LARGEST:
-                reasons.append(f"{name} must be from 1 to {_LARGEST}, and is {size}")
-        if not reasons:
-            from .._kernel.terms import not_elementwise
-
-            reasons += not_elementwise(request)
-        return tuple(reasons)
+        reasons = keys_are_split(request) + stored_unsupported(request)
+        return reasons + kernels_unsupported(request)
 
     def forward(
         self, request: Request
@@ -140,6 +118,34 @@ class Flash(AbstractMechanism):
             f"{blocks.warpgroups} a block of threads; forward and backward in kernels for "
             "Hopper"
         )
+
+
+def kernels_unsupported(request: Request) -> tuple[str, ...]:
+    """Why kernels refuse a request, wherever its keys are."""
+    reasons = []
+    if request.platform != "gpu":
+        reasons.append(f"it runs on Hopper GPUs, not on {request.platform}")
+    elif (found := compute_capability()) != (9, 0):
+        reasons.append(
+            "it runs on Hopper GPUs (compute capability 9.0), not on one of "
+            f"{found[0]}.{found[1]}"
+        )
+    if version_of_jax() < _OLDEST_JAX:
+        oldest = ".".join(map(str, _OLDEST_JAX))
+        reasons.append(f"it needs jax {oldest} or later, not {jax.__version__}")
+    reasons += wider_than_16_bits(request.query, request.key_, request.value)
+    sizes = {
+        "head_dim": request.query.shape[-1],
+        "value_dim": request.value.shape[-1],
+    }
+    for name, size in sizes.items():
+        if not 1 <= size <= _LARGEST:
+            reasons.append(f"{name} must be from 1 to {_LARGEST}, and is {size}")
+    if not reasons:
+        from .._kernel.terms import not_elementwise
+
+        reasons += not_elementwise(request)
+    return tuple(reasons)
 
 
 def _wider(x: Array, size: int) -> Array:

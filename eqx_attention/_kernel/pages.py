@@ -1,0 +1,41 @@
+"""Keys and values that a kernel copies from pages."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from .._keys import Paged
+from .hopper import whole_rows
+
+
+def stored(x: Any) -> tuple[jax.Array, list[jax.Array]]:
+    """The array that holds keys or values, and the table of pages, if there is one."""
+    if not isinstance(x, Paged):
+        return whole_rows(x), []
+    last = x.pool.shape[0] - 1
+    # Numbers that are no page's are of tokens that nothing sees.
+    return x.pool, [jnp.clip(x.table.astype(jnp.int32), 0, last)]
+
+
+def pages_fit(x: Any, tokens: int = 64, channels: int = 64) -> bool:
+    """Whether tiles of so many tokens lie in one page each, as the copy engine needs it."""
+    return (
+        isinstance(x, Paged)
+        and isinstance(x.pool, jax.Array)
+        and x.page_size % tokens == 0
+        and x.shape[-1] % channels == 0
+        and x.dtype == x.pool.dtype
+    )
+
+
+def place_of_keys(ref: Any, pages: Sequence[Any], b: Any, first: Any, size: int) -> tuple:
+    """In the kernel: where `size` tokens of a batch element are, from `first` on."""
+    if not pages:
+        return b, pl.ds(first, size)
+    page_size = ref.shape[1]
+    page = pages[0][b, lax.div(first, page_size)]
+    return page, pl.ds(lax.rem(first, page_size), size)
