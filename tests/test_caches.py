@@ -338,6 +338,7 @@ def test_bad_sizes():
         (lambda: _rolling(num_first=-1), ValueError, "num_first"),
         (lambda: eqa.RollingCache.init(0, 1, 1), ValueError, "capacity"),
         (lambda: _rolling().append(*_tokens(0, 7)), ValueError, "chunk=6 .*got 7"),
+        (lambda: _rolling().attend(*_tokens(0, 7)[:1]), ValueError, "most 6 .*got 7"),
         (lambda: _paged().append(*_tokens(0, 17)), ValueError, "capacity 16.* 17"),
         (lambda: eqa.QuantizedCache(_paged(), jnp.int16), TypeError, "stored.*int16"),
         (lambda: eqa.QuantizedCache(CACHES["int8"][0](), FP8), TypeError, "int8"),

@@ -69,6 +69,12 @@ class AbstractCache(eqx.Module):
     def capacity(self) -> int:
         """How many tokens of each sequence it can hold."""
 
+    @property
+    @abstractmethod
+    def recent(self) -> int | None:
+        """How many of the last tokens may be queries, if not all: of what earlier ones
+        see, some is gone."""
+
     @abstractmethod
     def append(
         self,
@@ -136,18 +142,30 @@ class AbstractCache(eqx.Module):
 
         - `query`: The queries, of shape `(*batch, q_len, q_heads, head_dim)`.
         - `q_positions`: The positions of the queries. Defaults to those of the last
-            `q_len` tokens that were appended. (Keyword only argument.)
+            `q_len` tokens that were appended. They must be among the last tokens of
+            `recent`. (Keyword only argument.)
         - The others are those of [`eqx_attention.attend`][]. Per-key arrays in `mask`
             and `score` go by slot. (Keyword only arguments.)
 
         **Returns:**
 
         As [`eqx_attention.attend`][].
+
+        **Raises:**
+
+        As [`eqx_attention.attend`][]; and a `ValueError` if there are more queries than
+        `recent`, where their positions are left to the cache.
         """
         if not isinstance(mask, AbstractMask):
             mask = Dense(mask)
         if q_positions is None:
-            if query.shape[-3] == 1:
+            q_len = query.shape[-3]
+            if self.recent is not None and q_len > self.recent:
+                raise ValueError(
+                    f"{type(self).__name__}.attend: expected at most {self.recent} queries "
+                    f"(the last tokens), got {q_len}: some of what the first see is gone."
+                )
+            if q_len == 1:
                 mask = of_last_token(mask)
             last = self.length[..., None] - 1
             q_positions, _ = both_positions("end", last, query.shape[-3], 1)

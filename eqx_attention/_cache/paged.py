@@ -157,6 +157,10 @@ class PagedCache(AbstractCache):
         """How many tokens of each sequence it can hold, if there are pages."""
         return self.table.shape[-1] * self.page_size
 
+    @property
+    def recent(self) -> None:
+        return None
+
     @jax.named_scope("eqa.PagedCache.append")
     @jaxtyped(typechecker=beartype)
     def append(

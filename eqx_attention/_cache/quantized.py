@@ -120,6 +120,10 @@ class QuantizedCache(AbstractCache):
     def capacity(self) -> int:
         return self.cache.capacity
 
+    @property
+    def recent(self) -> int | None:
+        return self.cache.recent
+
     @jax.named_scope("eqa.QuantizedCache.append")
     @jaxtyped(typechecker=beartype)
     def append(

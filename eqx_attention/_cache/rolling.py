@@ -143,6 +143,11 @@ class RollingCache(AbstractCache):
         """The same: sequences may be of any length."""
         return self.window
 
+    @property
+    def recent(self) -> int:
+        """The same as `chunk`."""
+        return self.chunk
+
     @jax.named_scope("eqa.RollingCache.append")
     @jaxtyped(typechecker=beartype)
     def append(

@@ -80,6 +80,10 @@ class StaticCache(AbstractCache):
     def capacity(self) -> int:
         return self.key_.shape[-3]
 
+    @property
+    def recent(self) -> None:
+        return None
+
     @jax.named_scope("eqa.StaticCache.append")
     @jaxtyped(typechecker=beartype)
     def append(

@@ -14,9 +14,9 @@ from .tile import heads_first, TileOf, tokens_first
 
 # The most query tokens.
 _QUERIES = 128
-# On CPUs, a split's keys (of as many batch elements as fit) fill so many bytes, which stay
-# in the cache of a core while they are used three times. Measured: benchmarks/decode.py.
-_BYTES = 2**20
+# On CPUs, the keys and values of a split (of as many batch elements as fit) fill so many
+# bytes in the dtype of accumulation. Measured: benchmarks/decode.py.
+_BYTES = 2**22
 # On accelerators, which need much to do at once, so many splits, of at least so many keys.
 _SPLITS = 8
 _FEWEST_KEYS = 2048
