@@ -278,11 +278,13 @@ class Paged(AbstractKeys):
         return Paged(jax.tree.unflatten(treedef, leaves), table, self.dtype)
 
 
-# Either; free to a type checker, as most code has either one or the other.
+# What arrays may be instead; free to a type checker, as most code has one or the other.
 if TYPE_CHECKING:
     Keys = Any
+    EightBits = Any
 else:
     Keys = Array | AbstractKeys
+    EightBits = Quantized
 
 
 def is_stored(*keys: Any) -> bool:

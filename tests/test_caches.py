@@ -272,7 +272,9 @@ def test_fork():
     assert jnp.all(freed.table[0] == -1)
     quantized = eqa.QuantizedCache(old)
     assert quantized.length.shape == (1,)
-    again = eqa.QuantizedCache(quantized.cache.fork(jnp.array([0, 0])))
+    pages = quantized.cache
+    assert isinstance(pages, eqa.PagedCache)
+    again = eqa.QuantizedCache(pages.fork(jnp.array([0, 0])))
     assert eqx.tree_equal(again.key_, quantized.key_) and again.length.shape == (2,)
 
 

@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Int32, jaxtyped
 
 from .._axes import ceil_div
-from .._keys import flat, Keys, Paged, Quantized
+from .._keys import EightBits, flat, Keys, Paged
 from .._mask import AbstractMask, Padding
 from .base import AbstractCache
 from .checks import (
@@ -81,8 +81,8 @@ class PagedCache(AbstractCache):
         ```
     """
 
-    key_: Float[Array, "pages page_size kv_heads head_dim"] | Quantized
-    value: Float[Array, "pages page_size kv_heads value_dim"] | Quantized
+    key_: Float[Array, "pages page_size kv_heads head_dim"] | EightBits
+    value: Float[Array, "pages page_size kv_heads value_dim"] | EightBits
     table: Int32[Array, "*batch blocks"]
     """The page of each run of `page_size` tokens; -1 if it has none."""
     length: Int32[Array, "*batch"]

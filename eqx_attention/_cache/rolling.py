@@ -7,7 +7,7 @@ from beartype import beartype
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Int32, jaxtyped
 
-from .._keys import Keys, Quantized
+from .._keys import EightBits, Keys
 from .._mask import AbstractMask, Keys as KeyMask, Prefix, SlidingWindow
 from .base import AbstractCache
 from .checks import (
@@ -63,8 +63,8 @@ class RollingCache(AbstractCache):
         ```
     """
 
-    key_: Float[Array, "*batch slots kv_heads head_dim"] | Quantized
-    value: Float[Array, "*batch slots kv_heads value_dim"] | Quantized
+    key_: Float[Array, "*batch slots kv_heads head_dim"] | EightBits
+    value: Float[Array, "*batch slots kv_heads value_dim"] | EightBits
     length: Int32[Array, "*batch"]
     num_first: int = eqx.field(static=True)
     chunk: int = eqx.field(static=True)

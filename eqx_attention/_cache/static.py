@@ -5,7 +5,7 @@ from beartype import beartype
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Int32, jaxtyped
 
-from .._keys import Keys, Quantized
+from .._keys import EightBits, Keys
 from .._mask import AbstractMask, Padding
 from .base import AbstractCache
 from .checks import (
@@ -39,8 +39,8 @@ class StaticCache(AbstractCache):
     `jax.jit(donate_argnums=...)`): `append` then writes in place.
     """
 
-    key_: Float[Array, "*batch capacity kv_heads head_dim"] | Quantized
-    value: Float[Array, "*batch capacity kv_heads value_dim"] | Quantized
+    key_: Float[Array, "*batch capacity kv_heads head_dim"] | EightBits
+    value: Float[Array, "*batch capacity kv_heads value_dim"] | EightBits
     length: Int32[Array, "*batch"]
 
     def __check_init__(self):
