@@ -28,7 +28,9 @@ COLLECTIVES = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatte
 
 def program(fn, *args) -> str:
     options = {"xla_backend_optimization_level": 0}
-    return jax.jit(fn).lower(*args).compile(compiler_options=options).as_text()
+    text = jax.jit(fn).lower(*args).compile(compiler_options=options).as_text()
+    assert text is not None
+    return text
 
 
 def collectives(fn, *args) -> list[str]:
