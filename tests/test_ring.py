@@ -127,6 +127,20 @@ def test_a_window_over_two_axes():
     check(ring_of((2, 3), layout="contiguous"), qkv, more, options)
 
 
+def test_a_ring_between_groups_that_exchange_heads():
+    mesh = mesh_of(2, 2)
+    attend = ft.partial(
+        eqa.attend,
+        mechanism=eqa.Ulysses(eqa.Ring("vanilla")),
+        sharding=eqa.Sharding(sequence=mesh.axis_names),
+        mesh=mesh,
+    )
+    qkv = operands(Shape((2,), 15, 15, 4, 2, 4, 4))
+    more = dict(score=(eqa.ALiBi.standard(4),))
+    options = dict(mask=eqa.Causal(), dropout=0.2, key=jax.random.key(1))
+    check(attend, qkv, more, options)
+
+
 def test_the_zigzag_layout_is_a_permutation_of_one_device():
     n = 3
     q, k, v = operands(Shape((2,), 24, 24, 2, 2, 8, 8))
