@@ -260,9 +260,10 @@ def laid_out(mechanism: AbstractMechanism, request: Request) -> Request:
 
     pairs = dataclasses.replace(pairs, q=tokens(pairs.q), kv=tokens(pairs.kv))
     if pairs.dropout is not None:
-        words = (pairs.dropout.q_words, 2), (pairs.dropout.kv_words, 3)
-        words = to_zigzag(words, devices)
-        pairs = dataclasses.replace(pairs, dropout=Dropout(*words, pairs.dropout.rate))
+        words = ((pairs.dropout.q_words, 2), (pairs.dropout.kv_words, 3))
+        q_words, kv_words = to_zigzag(words, devices)
+        dropout = Dropout(q_words, kv_words, pairs.dropout.rate)
+        pairs = dataclasses.replace(pairs, dropout=dropout)
     split = request.split._replace(chunks=chunks)
     return dataclasses.replace(request, pairs=pairs, split=split)
 
