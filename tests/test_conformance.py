@@ -1,6 +1,7 @@
 """Every mechanism against the independent float64 reference, over generated cases."""
 
 import eqx_attention as eqa
+import jax
 import pytest
 from eqx_attention import testing
 
@@ -50,3 +51,26 @@ def test_many(dtype, n):
 def test_eager():
     cases = testing.cases(3, seed=3, dtype="float64")
     testing.check("blockwise", cases=cases, jit=False).raise_on_failure()
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("n", range(5))
+@pytest.mark.parametrize(
+    "mechanism, axes",
+    [
+        ("all_gather", {"sequence": "a"}),
+        ("ulysses", {"sequence": "a"}),
+        (eqa.Ulysses(inner="all_gather"), {"sequence": ("b", "a")}),
+        ("blockwise", {"key_sequence": ("a", "b")}),
+        ("vanilla", {"query_sequence": "b", "key_sequence": "a"}),
+    ],
+)
+def test_over_a_mesh(mechanism, axes, n):
+    kinds = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=kinds)
+    options = dict(mechanism=mechanism, sharding=eqa.Sharding(**axes), mesh=mesh)
+
+    def attend(query, key_, value, **kwargs):
+        return eqa.attend(query, key_, value, **options, **kwargs)
+
+    testing.check(attend, cases=_chunk(n, "float64")).raise_on_failure()

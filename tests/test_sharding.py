@@ -26,8 +26,15 @@ def mesh_of(kind=AxisType.Auto, **sizes):
 COLLECTIVES = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
 
 
-def collectives(compiled) -> list[str]:
-    return re.findall(rf" ({COLLECTIVES})(?:-start)?\(", compiled.as_text())
+def program(fn, *args) -> str:
+    options = {"xla_backend_optimization_level": 0}
+    text = jax.jit(fn).lower(*args).compile(compiler_options=options).as_text()
+    assert text is not None
+    return text
+
+
+def collectives(fn, *args) -> list[str]:
+    return re.findall(rf" ({COLLECTIVES})(?:-start)?\(", program(fn, *args))
 
 
 def problem(seed: int = 1):
@@ -110,9 +117,14 @@ CASES = {
     "a grid": ("vanilla", dict(a=2, b=3), dict(query_sequence="a", key_sequence="b")),
 }
 EXPLICIT = ("sp tp", "a grid")
+# What others test too.
+SLOW = ("queries alone", "dp sp", "sp tp")
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in CASES],
+)
 def test_as_on_one_device(name):
     mechanism, sizes, axes = CASES[name]
     mesh = mesh_of(AxisType.Explicit if name in EXPLICIT else AxisType.Auto, **sizes)
@@ -146,26 +158,27 @@ def test_transformations(mechanism):
     assert_close(got, run(mechanism="vanilla"), 1e-5)
 
 
-def test_batch_and_heads_need_no_collectives():
-    mesh, sharding = mesh_of(dp=2, tp=2), eqa.Sharding(batch="dp", heads="tp")
+@pytest.mark.parametrize("mechanism", ["vanilla", "blockwise"])
+def test_batch_and_heads_need_no_collectives(mechanism):
+    """Nor does an axis that is mapped over, and split."""
+    mesh = mesh_of(dp=2, tp=2)
     placed = NamedSharding(mesh, P("dp", None, "tp"))
     qkv = operands(Shape((2,), 8, 8, 4, 2, 8, 8))
     qkv = [jax.device_put(x, placed) for x in qkv]
+    mask = eqa.Causal() & eqa.Padding(7)
+    options = dict(mechanism=mechanism, mesh=mesh, mask=mask, dropout=0.1, key=KEY)
+    attend = ft.partial(eqa.attend, score=eqa.ALiBi.standard(4), **options)
+    if mechanism == "vanilla":
+        attend = ft.partial(attend, sharding=eqa.Sharding(heads="tp"))
+        attend = jax.vmap(attend, spmd_axis_name="dp")
+    else:
+        attend = ft.partial(attend, sharding=eqa.Sharding(batch="dp", heads="tp"))
 
-    def loss(mechanism, *qkv):
-        mask, score = eqa.Causal() & eqa.Padding(7), eqa.ALiBi.standard(4)
-        options = dict(mechanism=mechanism, sharding=sharding, mesh=mesh)
-        options |= dict(mask=mask, score=score, dropout=0.1, key=KEY)
-        return eqa.attend(*qkv, **options)
+    def both(*qkv):
+        out, pull = jax.vjp(attend, *qkv)
+        return out, pull(out)
 
-    for mechanism in ("vanilla", "blockwise"):
-        attend = ft.partial(loss, mechanism)
-
-        def both(*qkv, attend=attend):
-            out, pull = jax.vjp(attend, *qkv)
-            return out, pull(out)
-
-        assert collectives(jax.jit(both).lower(*qkv).compile()) == []
+    assert collectives(both, *qkv) == []
 
 
 def test_how_many_collectives():
@@ -178,7 +191,7 @@ def test_how_many_collectives():
     def found(mechanism, fn=lambda x: x):
         options = dict(mechanism=mechanism, sharding=sharding, mesh=mesh)
         attend = ft.partial(eqa.attend, **options)
-        return collectives(jax.jit(fn(attend)).lower(*qkv).compile())
+        return collectives(fn(attend), *qkv)
 
     def grad(attend):
         return jax.grad(lambda *qkv: attend(*qkv).sum(), argnums=(0, 1, 2))
@@ -250,14 +263,14 @@ def test_decoding_from_a_cache_that_is_split():
     tokens = NamedSharding(mesh, P(None, "sp"))
     place = lambda x: x if x.ndim == 1 else jax.device_put(x, tokens)  # noqa: E731
     cache = jax.tree.map(place, cache)
-    over = jax.jit(ft.partial(decode, sharding=sharding, mesh=mesh))
-    assert_close(over(q, cache), expected, 1e-5)
-    _, new = over(q, cache)
-    assert new.key_.sharding == cache.key_.sharding
-    program = over.lower(q, cache).compile().as_text()
+    over = ft.partial(decode, sharding=sharding, mesh=mesh)
+    got = compiled(over, q, cache)
+    assert_close(got, expected, 1e-5)
+    assert got[1].key_.sharding == cache.key_.sharding
     # 4 parts of 2 sequences × 1 query × 4 heads × (8 channels and a log-sum-exp); and for
     # the check that the cache is not full, a number a sequence.
-    moved = re.findall(rf"= (\S+) (?:{COLLECTIVES})\(", program)
+    text = program(over, q, cache)
+    moved = re.findall(rf"= (\S+) (?:{COLLECTIVES})\(", text)
     moved = [re.sub(r"\{.*", "", shape) for shape in moved]
     assert sorted(moved) in (["f32[4,2,1,4,9]"], ["f32[4,2,1,4,9]", "s32[2]"])
 
@@ -327,7 +340,7 @@ def test_auto_chooses_by_cost():
         attention = eqa.Attention(sharding=eqa.Sharding(sequence="sp"), mesh=mesh_of(sp=n))
         return attention.explain(*operands(shape), mask=eqa.Causal()).partition(":")[0]
 
-    assert chosen(Shape((1,), 2**13, 2**13, 4, 4, 2, 2), 4) != "all_gather"
+    assert chosen(Shape((1,), 2**16, 2**16, 4, 4, 8, 8), 4) != "all_gather"
     assert chosen(Shape((1,), 8, 8, 3, 3, 4, 4), 2) == "all_gather"
 
 
@@ -398,6 +411,14 @@ QKV = operands(Shape((2,), 8, 8, 4, 2, 8, 8))
 def test_errors(make, error, words):
     with pytest.raises(error, match=words):
         make()
+
+
+def test_there_is_one_ambient_mesh():
+    with jax.set_mesh(mesh_of(sp=2)):
+        with pytest.raises(ValueError, match="the ambient one has {'sp': 2}"):
+            eqa.attend(*QKV, sharding=eqa.Sharding(sequence="sp"), mesh=MESH)
+        with pytest.raises(ValueError, match="axes of the mesh.*got 'dp'"):
+            eqa.attend(*QKV, sharding=eqa.Sharding(batch="dp"))
 
 
 def test_errors_inside_of_a_shard_map():

@@ -182,15 +182,26 @@ def shards_of(sharding: Sharding | None, mesh: Any) -> Shards | None:
                 f"{sorted(sharding.axes - manual)}, which are not."
             )
         return Shards(sharding, ambient, True)
-    if mesh is None or ambient.manual_axes:
-        if ambient.empty:
-            raise ValueError(
-                "mesh: expected a mesh, as there is a sharding: give `mesh=`, or set one "
-                "by `jax.set_mesh`; got None."
-            )
+    if mesh is None and ambient.empty:
+        raise ValueError(
+            "mesh: expected a mesh, as there is a sharding: give `mesh=`, or set one by "
+            "`jax.set_mesh`; got None."
+        )
+    if not ambient.empty:
         check_mesh(sharding, ambient)
-        mesh = ambient
+        if mesh is not None:
+            _check_same(sharding, mesh, ambient)
+        mesh = ambient  # which lacks those axes that are spoken for, as by `jax.vmap`
     return Shards(sharding, mesh, False)
+
+
+def _check_same(sharding: Sharding, mesh: Any, ambient: AbstractMesh) -> None:
+    sizes = [{name: m.shape[name] for name in sharding.axes} for m in (mesh, ambient)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            "mesh: expected the ambient mesh, as set by `jax.set_mesh`, or none; got "
+            f"{sizes[0]}, and the ambient one has {sizes[1]}."
+        )
 
 
 def _names(axes: Axes) -> tuple[str, ...]:
