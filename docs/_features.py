@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 
 _q_len, _kv_len = 6, 8
-_communicating = (eqa.AllGather, eqa.Ulysses)
+_communicating = (eqa.AllGather, eqa.Ring, eqa.Ulysses)
 
 
 def _arrays(

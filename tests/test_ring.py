@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from eqx_attention._distributed.cargo import Cargo
+from eqx_attention.testing import Case
 from jax.sharding import PartitionSpec as P
 
 from .helpers import assert_close, compiled, operands, Shape, square
@@ -127,6 +129,20 @@ def test_a_window_over_two_axes():
     check(ring_of((2, 3), layout="contiguous"), qkv, more, options)
 
 
+def test_a_ring_between_groups_that_exchange_heads():
+    mesh = mesh_of(2, 2)
+    attend = ft.partial(
+        eqa.attend,
+        mechanism=eqa.Ulysses(eqa.Ring("vanilla")),
+        sharding=eqa.Sharding(sequence=mesh.axis_names),
+        mesh=mesh,
+    )
+    qkv = operands(Shape((2,), 15, 15, 4, 2, 4, 4))
+    more = dict(score=(eqa.ALiBi.standard(4),))
+    options = dict(mask=eqa.Causal(), dropout=0.2, key=jax.random.key(1))
+    check(attend, qkv, more, options)
+
+
 def test_the_zigzag_layout_is_a_permutation_of_one_device():
     n = 3
     q, k, v = operands(Shape((2,), 24, 24, 2, 2, 8, 8))
@@ -202,10 +218,31 @@ def test_how_often_anything_is_sent():
     window = eqa.Causal() & eqa.SlidingWindow(5)
     assert sent(window) == 1
     assert sent(eqa.Chunked(8)) == 0
-    # In the backward pass again, and also their gradients.
-    assert sent_by_both(eqa.Full(), scan=False) == 3 * (n - 1)
-    assert sent_by_both(eqa.Causal(), layout="zigzag", scan=False) == 3 * (n - 1)
+    # In the backward pass again; and their gradients as often, but one hop later, and
+    # together with keys while there are any.
+    both = (n - 1) + (n + 1)
+    assert sent_by_both(eqa.Full(), scan=False) == both
+    assert sent_by_both(eqa.Causal(), layout="zigzag", scan=False) == both
     assert sent_by_both(window) == 3
+
+
+def test_several_dtypes_are_one_message():
+    arrays = [
+        jnp.arange(5, dtype=jnp.bfloat16).reshape(5, 1),
+        jnp.asarray([True, False, True]),
+        jnp.arange(3, dtype=jnp.int8),
+        jnp.zeros((0, 2), jnp.bfloat16),
+        jnp.linspace(0, 1, 4),
+    ]
+    for some in (arrays, arrays[:1]):
+        cargo = Cargo(some)
+        assert cargo.num_bytes == (36 if len(some) > 1 else 10)
+        for x, y in zip(some, cargo.arrays(), strict=True):
+            assert x.dtype == y.dtype
+            np.testing.assert_array_equal(x, y)
+    # Keys in bfloat16, with their gradients in float32.
+    case = Case("ring", "causal", shape=Shape((1,), 16, 16, 2, 1, 4, 4), dtype="bfloat16")
+    eqa.testing.check(ring_of(4), cases=[case]).raise_on_failure()
 
 
 def test_inside_of_your_own_shard_map():
@@ -239,6 +276,8 @@ def test_explain():
     assert "ring: 1 of 3 hops" in text and "layout contiguous" in text
     assert "hop 1: 6 queries × 6 keys, nothing on 1 of 4 devices" in text
     assert "imbalance 1.7" in explained(eqa.Causal(), layout="contiguous")
+    config = eqa.AttentionConfig(mechanism=eqa.Ring("vanilla", "zigzag", False))
+    assert eqa.AttentionConfig.from_json(config.to_json()) == config
 
 
 def test_refusals():

@@ -180,12 +180,12 @@ class Local:
         """Adds the gradients of a step to `sums`, and returns those that go with the
         keys."""
         hop, numbers = self.hop(step, keys)
-        of_step = [
-            None if x is None else lax.slice_in_dim(x, *step.query, axis=1)
-            for x in rows[:4]
-        ]
+        of_step = jax.tree.map(
+            lambda x: lax.slice_in_dim(x, *step.query, axis=1), rows._replace(wrt=())
+        )
+        out, lse, dout, dlse, _ = of_step
         own = tuple(i for i, n in enumerate(numbers) if n in rows.wrt)
-        found = inner.backward(hop, *of_step, own)
+        found = inner.backward(hop, out, lse, dout, dlse, own)
         dq, dk, dv, found = vary(found, self.axes)
         dtype = self.request.dtype
         dleaves = {numbers[i]: d.astype(dtype) for i, d in zip(own, found, strict=True)}

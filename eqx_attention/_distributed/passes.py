@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from .._mechanism import AbstractMechanism
-from .cargo import Cargo
+from .cargo import Cargo, sent_together
 from .hop import Keys, Local, Partial, Rows, Sums
 from .plan import halves, Hop, Plan, Step
 
@@ -58,10 +58,13 @@ class Passes:
                 state = self.local.nothing()
             return self._switch(todo, attend, state)
 
+        def one_of_many(todo: Todo, keys: Keys, state: Partial, _: None):
+            return visit(todo, keys, state), None
+
         if self.plan.uniform:
-            coming = self._onward(own) if len(hops) > 1 else own
+            coming = self._onward(own)[0] if len(hops) > 1 else own
             state = visit(_todo(hops[0]), own, None)
-            return self._around(hops[1:], coming, state, visit)
+            return self._around(hops[1:], coming, (state, None), one_of_many)[0]
         state = None
         for hop, keys in self._directly(hops, own):
             state = visit(_todo(hop), keys, state)
@@ -82,26 +85,24 @@ class Passes:
 
             return self._switch(todo, differentiate, sums)
 
+        def one_of_many(todo: Todo, keys: Keys, sums: Sums, before: Cargo):
+            """What is computed of keys is added to what was at the hop before, by another
+            device."""
+            sums, goes = gradient(todo, keys, sums)
+            return sums, Cargo(_added(goes, before.arrays()))
+
         if not self.plan.uniform:
             return self._backward_directly(own, rows, sums, gradient)
         if len(hops) == 1:
             return gradient(_todo(hops[0]), own, sums)
         first, last = self._halved(hops[0])
-
-        def visit(todo: Todo, keys: Keys, carry):
-            """What is computed of keys is added to what was at the hop before, by another
-            device."""
-            sums, sent = carry
-            sent = sent.sent(self.devices, self._next())
-            sums, goes = gradient(todo, keys, sums)
-            return sums, Cargo(_added(goes, sent.arrays()))
-
-        keys = self._onward(own)
+        keys, _ = self._onward(own)
         sums, mine = gradient(first, own, sums)
-        coming = self._onward(keys) if len(hops) > 2 else keys
+        coming = self._onward(keys)[0] if len(hops) > 2 else keys
         sums, goes = gradient(_todo(hops[1]), keys, sums)
-        sums, sent = self._around(hops[2:], coming, (sums, Cargo(goes)), visit)
-        back = sent.sent(self.devices, self._next())
+        carry = (sums, Cargo(goes))
+        sums, sent = self._around(hops[2:], coming, carry, one_of_many)
+        back = sent.sent(self.devices, self.devices.onward(1))
         sums, more = gradient(last, own, sums)
         return sums, _added(_added(mine, more), back.arrays())
 
@@ -127,30 +128,38 @@ class Passes:
         return sums, mine
 
     def _around(self, hops: Sequence[Hop], coming: Keys, carry: Any, visit: Callable):
-        """Visits hops, each with the keys of the one before sent on by one device."""
+        """Visits hops, each with the keys that were sent on by one device since the one
+        before. `carry` is what stays, and what is sent on too (or `None`)."""
         if not hops:
             return carry
         *middle, last = hops
+
+        def on(todo, keys, carry):
+            stays, goes = carry
+            coming, goes = self._onward(keys, goes)
+            return visit(todo, keys, stays, goes), coming
+
         loop = self._loop(middle) if self.scan else None
         if loop is None:
             for hop in middle:
-                keys, coming = coming, self._onward(coming)
-                carry = visit(_todo(hop), keys, carry)
+                carry, coming = on(_todo(hop), coming, carry)
         else:
 
             def body(loop_carry, xs):
                 carry, cargo = loop_carry
                 shift, which = xs
                 keys = self._keys(shift, cargo)
-                coming = self._onward(keys)
-                carry = visit(Todo(which, loop.steps), keys, carry)
+                carry, coming = on(Todo(which, loop.steps), keys, carry)
                 return (carry, coming.cargo), None
 
             shifts = jnp.asarray([hop.shift for hop in middle], jnp.int32)
             start = (carry, coming.cargo)
             (carry, cargo), _ = lax.scan(body, start, (shifts, loop.which))
             coming = self._keys(last.shift, cargo)
-        return visit(_todo(last), coming, carry)
+        stays, goes = carry
+        if goes is not None:
+            goes = goes.sent(self.devices, self.devices.onward(1))
+        return visit(_todo(last), coming, stays, goes)
 
     def _loop(self, hops: Sequence[Hop]) -> Todo | None:
         """What all of these hops do; `None` if a loop would not be shorter."""
@@ -189,13 +198,12 @@ class Passes:
         owner = (self.local.me - shift) % self.devices.count
         return Keys(owner, (0, self.local.kv.length), cargo)
 
-    def _next(self) -> tuple[int, ...]:
-        return self.devices.onward(1)
-
-    def _onward(self, keys: Keys) -> Keys:
-        """The keys that the device before has."""
+    def _onward(self, keys: Keys, also: Cargo | None = None) -> tuple[Keys, Cargo | None]:
+        """The keys that the device before has, and what else is sent on, as it has it."""
+        sent = [keys.cargo] if also is None else [keys.cargo, also]
+        cargo, *more = sent_together(sent, self.devices, self.devices.onward(1))
         owner = (keys.owner - 1) % self.devices.count
-        return Keys(owner, keys.tokens, keys.cargo.sent(self.devices, self._next()))
+        return Keys(owner, keys.tokens, cargo), more[0] if more else None
 
     def _halved(self, hop: Hop) -> tuple[Todo, Todo]:
         """What devices do of their own keys: first, and at the end."""

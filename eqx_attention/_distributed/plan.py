@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AbstractMesh
 from jaxtyping import Array
 
 from .._mask import (
@@ -321,7 +322,9 @@ def _kinds(mask: AbstractMask, q: Side, kv: Side) -> np.ndarray:
     if given or any(is_array(x) for x in jax.tree.leaves(mask)):
         kinds = np.full(shape, _PARTIAL)
     else:
-        with jax.ensure_compile_time_eval():
+        # Now, and on no mesh, of which this may be inside.
+        no_mesh = jax.sharding.use_abstract_mesh(AbstractMesh((), ()))
+        with jax.ensure_compile_time_eval(), no_mesh:
             tiles = (_tile(q_low, kv_low, q, kv), _tile(q_high, kv_high, q, kv))
             some, every = mask.summary(mask, Bounds(*tiles))
             some, every = np.asarray(some).any(0), np.asarray(every).all(0)

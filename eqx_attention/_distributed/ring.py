@@ -10,7 +10,8 @@ from .._errors import UnsupportedError
 from .._mask import BlockMask
 from .._mechanism import AbstractMechanism, Blocks, Blockwise, Gradients, Request
 from .._tokens import Tokens
-from .choice import choose, devices_of
+from .cargo import Cargo
+from .choice import choose, Chosen, devices_of
 from .hop import Rows
 from .inner import as_inner, check_inner, not_split
 from .layout import chunks_of, LAYOUTS
@@ -148,30 +149,41 @@ class Ring(AbstractMechanism):
     def _explained(self, request: Request) -> str:
         chosen = choose(request, self.layout)
         inner, n = as_inner(self.inner), chosen.devices.count
-        lines, sent, back = [], 0, 0
         local = chosen.local(request, 0)
+        texts: dict[str, list[str]] = {}
+        forward = backward = 0
         for hop in chosen.plan.hops:
             keys = local.keys(*hop.keys)
             if hop.shift:
-                sent += keys.cargo.num_bytes
-                back += sum(x.size for x in keys.cargo.arrays()[:2]) * 4
+                forward += keys.cargo.num_bytes
+                gradients = local.no_gradients(keys, ())
+                backward += keys.cargo.num_bytes + Cargo(gradients).num_bytes
             steps = [s for s in hop.steps if s is not None]
-            idle = sum(hop.steps[w] is None for w in hop.which)
-            text = ", ".join(
+            text = " or ".join(
                 f"{s.query[1] - s.query[0]} queries × {s.key[1] - s.key[0]} keys"
                 for s in steps
             )
+            idle = sum(hop.steps[w] is None for w in hop.which)
+            text += f", nothing on {idle} of {n} devices" if idle else ""
             how = inner.explain(local.hop(steps[0], keys)[0]).splitlines()[0]
-            rest = f", nothing on {idle} of {n} devices" if idle else ""
-            lines.append(f"  hop {hop.shift}: {text}{rest}: {how}")
-        hops = sum(h.shift > 0 for h in chosen.plan.hops)
-        mib = [f"{x / 2**20:.2f} MiB" for x in (sent, sent + back)]
-        head = (
+            texts.setdefault(f"{text}: {how}", []).append(str(hop.shift))
+        if exchanged(self.layout, chosen):
+            # Half of a device's tokens, there and back.
+            item, rows = request.query.dtype.itemsize, request.query.size
+            kv = request.key_.size + request.value.size
+            out = rows // request.query.shape[-1] * request.value.shape[-1]
+            forward += (rows + kv + out) * item // 2
+            backward += (2 * rows + 2 * kv + 2 * out) * item // 2
+        hops = sum(hop.shift > 0 for hop in chosen.plan.hops)
+        mib = [f"{x / 2**20:.2f} MiB" for x in (forward, backward)]
+        lines = [
             f"ring: {hops} of {n - 1} hops over {n} devices along "
             f"{', '.join(map(repr, chosen.devices.names))}; each sends {mib[0]} forward, "
             f"{mib[1]} backward; imbalance {chosen.plan.imbalance:.2f}; layout {chosen.why}"
-        )
-        return "\n".join([head, *lines])
+        ]
+        for text, numbers in texts.items():
+            lines.append(f"  hop {', '.join(numbers)}: {text}")
+        return "\n".join(lines)
 
     def _reasons(self, request: Request):
         """Why a request that is split is refused."""
@@ -203,12 +215,15 @@ class Ring(AbstractMechanism):
                 "Ring(layout='zigzag') expects that no other mechanism has changed which "
                 "tokens a device has; use layout='auto' within another mechanism."
             )
-        exchange = Exchange(
-            request, devices, self.layout == "auto" and chosen.layout == "zigzag"
-        )
+        exchange = Exchange(request, devices, exchanged(self.layout, chosen))
         local = chosen.local(exchange.request, devices.me())
         plans = (chosen.plan, chosen.loose())
         return exchange, Passes(as_inner(self.inner), local, *plans, self.scan)
+
+
+def exchanged(layout: str, chosen: Chosen) -> bool:
+    """Whether tokens are brought into the layout at each call."""
+    return layout == "auto" and chosen.layout == "zigzag"
 
 
 def check_layout(mechanism: AbstractMechanism, lengths: tuple[int, int], n: int) -> None:
@@ -245,9 +260,10 @@ def laid_out(mechanism: AbstractMechanism, request: Request) -> Request:
 
     pairs = dataclasses.replace(pairs, q=tokens(pairs.q), kv=tokens(pairs.kv))
     if pairs.dropout is not None:
-        words = (pairs.dropout.q_words, 2), (pairs.dropout.kv_words, 3)
-        words = to_zigzag(words, devices)
-        pairs = dataclasses.replace(pairs, dropout=Dropout(*words, pairs.dropout.rate))
+        words = ((pairs.dropout.q_words, 2), (pairs.dropout.kv_words, 3))
+        q_words, kv_words = to_zigzag(words, devices)
+        dropout = Dropout(q_words, kv_words, pairs.dropout.rate)
+        pairs = dataclasses.replace(pairs, dropout=dropout)
     split = request.split._replace(chunks=chunks)
     return dataclasses.replace(request, pairs=pairs, split=split)
 
