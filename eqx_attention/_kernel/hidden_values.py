@@ -27,7 +27,8 @@ def replace_nan(
     All warpgroups that compute call this, each with its weights and sums, and each replaces
     at most `PART` keys. `found` is one number a key, in shared memory.
     """
-    wg, keys = lax.axis_index("warpgroup"), values.shape[0]
+    shape = (weights.shape[0], values.shape[0])
+    wg, keys = lax.axis_index("warpgroup"), shape[1]
 
     def bad(part):
         return (values[part].astype(jnp.float32) * 0.0).sum(axis=1)
@@ -46,7 +47,7 @@ def replace_nan(
 
         fence()
         sync(_LOOKED, warpgroups * THREADS)
-        each = along(plgpu.load(found, layout=COLUMN), weights.shape, 1)
+        each = along(plgpu.load(found, layout=COLUMN), shape, 1)
         seen = weights.astype(jnp.float32) > 0
         return total + jnp.where(seen, each, 0.0).sum(axis=1)
 

@@ -287,7 +287,8 @@ def forward(
             )
             plgpu.barrier_wait(q_ready.at[wg])
             if overlap:
-                accumulator = plgpu.WGMMAAccumulatorRef(empty[0].shape, jnp.float32)
+                whole_out = (blocks.query, value_dim)
+                accumulator = plgpu.WGMMAAccumulatorRef(whole_out, jnp.float32)
                 attend = ft.partial(pl.run_scoped, overlapped, accumulator)
                 carry = lax.cond(whole > 0, attend, lambda: empty) if may_mask else attend()
                 pl.when(whole < some)(ft.partial(await_key, whole))

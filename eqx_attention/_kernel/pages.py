@@ -12,7 +12,7 @@ from .._keys import Paged
 from .hopper import whole_rows
 
 
-def stored(x: Any) -> tuple[jax.Array, list[jax.Array]]:
+def stored(x: Any) -> tuple[Any, list[jax.Array]]:
     """The array that holds keys or values, and the table of pages, if there is one."""
     if not isinstance(x, Paged):
         return whole_rows(x), []
