@@ -14,6 +14,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -112,7 +113,12 @@ def readable(dtype: Any, num_bytes: int) -> float:
 
 
 def made(
-    kind: str, variant: Variant, batch: int, length: int, dtype: Any
+    kind: str,
+    variant: Variant,
+    batch: int,
+    length: int,
+    dtype: Any,
+    mechanisms: list[str],
 ) -> tuple[dict[str, Callable[[], Any]], dict[str, Any], int]:
     """What is timed, by mechanism; errors by mechanism; the bytes of the cache."""
     cache = full_cache(kind, batch, length, dtype)
@@ -121,7 +127,7 @@ def made(
     expected = jax.jit(lambda q, c: reference(q, c, variant, sinks))(query, cache)
     top = float(jnp.abs(expected).max())
     calls, notes = {}, {}
-    for name in MECHANISMS:
+    for name in mechanisms:
 
         def attend(query, cache, name=name):
             options = dict(score=variant.score, sinks=sinks, mechanism=name)
@@ -149,7 +155,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("decode.json"))
     parser.add_argument("--quick", action="store_true", help="small shapes")
-    parser.add_argument("--only", default="", help="a part of a kind's or variant's name")
+    more = "a regular expression of cache and variant, such as '^(static|paged) plain$'"
+    parser.add_argument("--only", default="", help=more)
+    parser.add_argument("--mechanisms", nargs="+", choices=MECHANISMS, default=MECHANISMS)
     args = parser.parse_args()
     device = jax.devices()[0]
     small = args.quick or device.platform == "cpu"
@@ -168,9 +176,10 @@ def main() -> None:
     for batch, length in SMALL if small else SHAPES:
         for title, variant in VARIANTS.items():
             for kind in KINDS:
-                if args.only not in f"{kind} {title}":
+                if not re.search(args.only, f"{kind} {title}"):
                     continue
-                calls, notes, size = made(kind, variant, batch, length, dtype)
+                case = (kind, variant, batch, length, dtype, args.mechanisms)
+                calls, notes, size = made(*case)
                 rounds: dict[str, list[float]] = {name: [] for name in calls}
                 for _ in range(ROUNDS):
                     for name, call in calls.items():
