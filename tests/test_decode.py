@@ -36,10 +36,10 @@ SCORES = (eqa.SoftCap(2.0), eqa.ALiBi.standard(4))
 SINKS = jnp.array([0.3, -1.0, 2.0, 0.0])
 
 
-@pytest.mark.parametrize("n", (0, *(pytest.param(n, marks=THOROUGH) for n in range(1, 9))))
+@pytest.mark.parametrize("n", (0, *(pytest.param(n, marks=THOROUGH) for n in range(1, 15))))
 def test_conformance(n):
     """Against the independent float64 reference, with gradients."""
-    cases = testing.cases(5 * (n + 1), seed=7, dtype="float64")[5 * n :]
+    cases = testing.cases(3 * (n + 1), seed=7, dtype="float64")[3 * n :]
     report = testing.check(eqa.Decode(num_splits=3), cases=cases).raise_on_failure()
     assert len(report.passed) == len(cases)
 
@@ -110,7 +110,9 @@ def _stored(k, v, kind, seed=0):
     return stored, dense
 
 
-@pytest.mark.parametrize("kind", ("paged", "int8", "fp8 paged"))
+@pytest.mark.parametrize(
+    "kind", ("paged", "fp8 paged", pytest.param("int8", marks=THOROUGH))
+)
 def test_stored(kind):
     """Stored keys are exactly the keys that they stand for; also mapped over, and in the
     gradients of queries and scores."""
