@@ -1,6 +1,6 @@
 """Prints the tables of what was timed on a GPU, from the results that are committed.
 
-`_hooks.py` puts them where `benchmarks.md` has `<!-- gpu -->`.
+`_hooks.py` puts them where pages have `<!-- gpu -->` and `<!-- decode -->`.
 """
 
 import json
@@ -87,5 +87,33 @@ def markdown_of_results() -> str:
     return markdown(json.loads((_RESULTS / "gpu.json").read_text()))
 
 
+def markdown_of_decoding() -> str:
+    """Of what `benchmarks/decode.py` wrote: what `Auto` took, for each cache and shape."""
+    report = json.loads((_RESULTS / "decode.json").read_text())
+    rows = [row for row in report["rows"] if row["mechanism"] == "auto"]
+    shapes = list(dict.fromkeys((row["batch"], row["length"]) for row in rows))
+    found: dict[str, dict[tuple[int, int], str]] = {}
+    for row in rows:
+        name = f"{row['cache']}, {row['variant']}"
+        text = f"{row['of_readable']:.0%} · {row['tokens_s']:,.0f}"
+        found.setdefault(name, {})[row["batch"], row["length"]] = text
+    heads, kv_heads, dim = report["heads"]
+    speed = report["readable_gb_s"] / 1e3
+    lines = [
+        f"On one {report['device']}, in {report['dtype']}, {heads} heads over {kv_heads} of "
+        f"{dim} channels, pages of {report['page_size']} tokens: the share of {speed:.2f} "
+        "TB/s, which is what a sum over a large array reads there, and tokens per second.",
+        "",
+        f"| cache, score | {' | '.join(f'batch {b}, {n:,}' for b, n in shapes)} |",
+        "| --- " * (1 + len(shapes)) + "|",
+    ]
+    lines += [
+        f"| {name} | {' | '.join(cells.get(shape, '') for shape in shapes)} |"
+        for name, cells in found.items()
+    ]
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     print(markdown_of_results())
+    print(markdown_of_decoding())

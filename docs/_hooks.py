@@ -1,5 +1,6 @@
 """What mkdocs runs while it builds the documentation."""
 
+import functools as ft
 import os
 import pathlib
 import runpy
@@ -25,14 +26,17 @@ def _features() -> str:
     return done.stdout
 
 
-def _gpu() -> str:
+def _of_benchmarks(name: str) -> str:
     script = pathlib.Path(__file__).with_name("_benchmarks.py")
-    return runpy.run_path(str(script))["markdown_of_results"]()
+    return runpy.run_path(str(script))[name]()
 
 
 _GENERATED = {
     "features.md": {"<!-- features -->": _features},
-    "benchmarks.md": {"<!-- gpu -->": _gpu},
+    "benchmarks.md": {"<!-- gpu -->": ft.partial(_of_benchmarks, "markdown_of_results")},
+    "which-cache.md": {
+        "<!-- decode -->": ft.partial(_of_benchmarks, "markdown_of_decoding")
+    },
 }
 
 
