@@ -100,9 +100,10 @@ def markdown_of_decoding() -> str:
     heads, kv_heads, dim = report["heads"]
     speed = report["readable_gb_s"] / 1e3
     lines = [
-        f"On one {report['device']}, in {report['dtype']}, {heads} heads over {kv_heads} of "
-        f"{dim} channels, pages of {report['page_size']} tokens: the share of {speed:.2f} "
-        "TB/s, which is what a sum over a large array reads there, and tokens per second.",
+        f"On one {report['device']}, in {report['dtype']}, {heads} heads over {kv_heads} "
+        f"of {dim} channels, pages of {report['page_size']} tokens: the share of "
+        f"{speed:.2f} TB/s, which is what a sum over a large array reads there, and tokens "
+        "per second.",
         "",
         f"| cache, score | {' | '.join(f'batch {b}, {n:,}' for b, n in shapes)} |",
         "| --- " * (1 + len(shapes)) + "|",
