@@ -179,6 +179,36 @@ def test_the_zigzag_layout_is_a_permutation_of_one_device():
     assert_close(compiled(both_modes, many, arguments), expected, 1e-5)
 
 
+class Picky(eqa.AbstractMechanism):
+    """Wants positions that are counted from the first token, as cuDNN does."""
+
+    def unsupported(self, request):
+        q, kv = request.pairs.q, request.pairs.kv
+        return () if q.counted and kv.counted and q.shift == kv.shift else ("shifted",)
+
+    def forward(self, request):
+        assert not self.unsupported(request)
+        return eqa.Vanilla().forward(request)
+
+    def backward(self, request, out, lse, dout, dlse, wrt):
+        assert not self.unsupported(request)
+        return eqa.Vanilla().backward(request, out, lse, dout, dlse, wrt)
+
+    def blocks(self, request):
+        return eqa.Vanilla().blocks(request)
+
+    def explain(self, request):
+        return "picky"
+
+
+def test_hops_are_what_the_mechanism_within_computes():
+    qkv = square(32, heads=2, dim=4)
+    check(ring_of(4, inner=Picky()), qkv, {}, dict(mask=eqa.Causal()))
+    window = eqa.Causal() & eqa.SlidingWindow(5)
+    with pytest.raises(eqa.UnsupportedError, match="shifted"):
+        ring_of(4, inner=Picky())(*qkv, mask=window)
+
+
 def test_layouts_and_numbers_of_devices_agree():
     q, k, v = square(24, heads=2, dim=4)
     options = dict(mask=eqa.Causal(), return_lse=True)
