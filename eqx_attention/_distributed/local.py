@@ -209,8 +209,11 @@ def _over_mesh(fn: Any, out_specs: Any, shards: Shards, request: Request, sinks:
 
 def _placed(x: Array, spec: P, shards: Shards) -> Array:
     """Axes of type Explicit split an array only as its type says."""
-    if not shards.explicit(shards.sharding.axes):
+    explicit = shards.explicit
+    if not explicit:
         return x
+    entries = [(e,) if isinstance(e, str) else e or () for e in spec]
+    spec = P(*(_entry(tuple(n for n in e if n in explicit)) for e in entries))
     return jax.sharding.reshard(x, NamedSharding(shards.mesh, spec))
 
 

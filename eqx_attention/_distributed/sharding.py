@@ -133,10 +133,11 @@ class Shards(eqx.Module):
         so many."""
         return lax.axis_index(axes) * length if self.size(axes) > 1 else 0
 
-    def explicit(self, axes: frozenset[str]) -> bool:
-        """Whether the type of an array says how these axes split it."""
-        types = dict(zip(self.mesh.axis_names, self.mesh.axis_types, strict=True))
-        return any(types[name] == AxisType.Explicit for name in axes)
+    @property
+    def explicit(self) -> frozenset[str]:
+        """Those axes of the mesh of which the type of an array says how they split it."""
+        types = zip(self.mesh.axis_names, self.mesh.axis_types, strict=True)
+        return frozenset(name for name, kind in types if kind == AxisType.Explicit)
 
 
 def as_sharding(sharding: Any) -> Sharding | None:
