@@ -101,3 +101,28 @@ def test_tables_of_the_docs(gpu):
     assert f"| {_WINDOW} (2, 8192, 16, 16, 128, 128) | 0.50 · 1.50 | 0.50 · 3.00 |" in text
     assert "3.00 · 1.00 times as fast as cuDNN" in text
     assert "- FlexAttention, ALiBi: no" in text
+
+
+def test_context_parallel(gpu, tmp_path):
+    script = importlib.import_module("context_parallel")
+    cases = script.cases_of([32768, 1048576], 131072)
+    causal, window = script.Case(32768), script.Case(131072, 4096)
+    both, forward = "forward+backward", "forward"
+    assert cases[:4] == [(x, y) for x in (causal, window) for y in (forward, both)]
+    assert cases[4:] == [(script.Case(1048576), x) for x in (both, forward)]
+    assert script.Case(4, 2).pairs == 7 and script.Case(4).pairs == 10
+    # Which would take the cycles apart in which rings send.
+    flags = " ".join(flag for flags in script.FLAGS.values() for flag in flags)
+    assert "pipeline" not in flags
+    results = script.Results(tmp_path / "new" / "a.json", {"device": "GPU"})
+    results.add("rows", {"ms": 1.0})
+    results.failed(ValueError("no"), strategy="ring")
+    found = json.loads((tmp_path / "new" / "a.json").read_text())
+    assert found["device"] == "GPU" and found["rows"] == [{"ms": 1.0}]
+    assert found["failures"] == [{"strategy": "ring", "error": "ValueError: no"}]
+
+
+def test_timeline(gpu):
+    timeline = gpu("timeline")
+    assert timeline._total([(3, 5), (0, 2), (1, 2), (4, 6)]) == 5
+    assert timeline._moves("ncclDevKernel_SendRecv") and not timeline._moves("fusion")

@@ -110,16 +110,15 @@ def test_windows_and_positions_that_are_given():
         dropout=0.1,
         key=jax.random.PRNGKey(3),
     )
-    check(ring_of(5), qkv, more, options)
+    check(ring_of(5, scan=False), qkv, more, options)
 
 
-@pytest.mark.parametrize("scan", [True, False])
-def test_causal_over_eight_devices(scan):
-    # `auto` exchanges halves here, and back.
+def test_causal_over_eight_devices():
+    # `auto` exchanges halves here, and back; both passes have a loop.
     qkv = square(32, heads=2, dim=4, batch=(1,))
-    more = dict(score=(eqa.Bias(normal(32, 32)),)) if scan else {}
+    more = dict(score=(eqa.Bias(normal(32, 32)),))
     options = dict(mask=eqa.Causal(), dropout=0.2, key=jax.random.key(1))
-    check(ring_of(8, scan=scan), qkv, more, options)
+    check(ring_of(8), qkv, more, options)
 
 
 def test_a_window_over_two_axes():
@@ -178,6 +177,36 @@ def test_the_zigzag_layout_is_a_permutation_of_one_device():
     arguments = (q, k, v, slopes, bias)
     expected = compiled(both_modes, one, arguments)
     assert_close(compiled(both_modes, many, arguments), expected, 1e-5)
+
+
+class Picky(eqa.AbstractMechanism):
+    """Wants positions that are counted from the first token, as cuDNN does."""
+
+    def unsupported(self, request):
+        q, kv = request.pairs.q, request.pairs.kv
+        return () if q.counted and kv.counted and q.shift == kv.shift else ("shifted",)
+
+    def forward(self, request):
+        assert not self.unsupported(request)
+        return eqa.Vanilla().forward(request)
+
+    def backward(self, request, out, lse, dout, dlse, wrt):
+        assert not self.unsupported(request)
+        return eqa.Vanilla().backward(request, out, lse, dout, dlse, wrt)
+
+    def blocks(self, request):
+        return eqa.Vanilla().blocks(request)
+
+    def explain(self, request):
+        return "picky"
+
+
+def test_hops_are_what_the_mechanism_within_computes():
+    qkv = square(32, heads=2, dim=4)
+    check(ring_of(4, inner=Picky()), qkv, {}, dict(mask=eqa.Causal()))
+    window = eqa.Causal() & eqa.SlidingWindow(5)
+    with pytest.raises(eqa.UnsupportedError, match="shifted"):
+        ring_of(4, inner=Picky())(*qkv, mask=window)
 
 
 def test_layouts_and_numbers_of_devices_agree():

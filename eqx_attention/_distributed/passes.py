@@ -95,7 +95,7 @@ class Passes:
             return self._backward_directly(own, rows, sums, gradient)
         if len(hops) == 1:
             return gradient(_todo(hops[0]), own, sums)
-        first, last = self._halved(hops[0])
+        first, last = self._halved(hops[0], own)
         keys, _ = self._onward(own)
         sums, mine = gradient(first, own, sums)
         coming = self._onward(keys)[0] if len(hops) > 2 else keys
@@ -111,7 +111,7 @@ class Passes:
         away = [hop for hop in self.plan.hops if hop.shift]
         of_own = [_todo(hop) for hop in here]
         if away:
-            of_own = [todo for hop in here for todo in self._halved(hop)]
+            of_own = [todo for hop in here for todo in self._halved(hop, own)]
         mine, back = self.local.no_gradients(own, rows.wrt), []
         for todo in of_own[:1]:
             sums, goes = gradient(todo, own, sums)
@@ -170,7 +170,8 @@ class Passes:
                 continue
             alike = [plan.hops[hop.shift] for hop in hops]
             steps = tuple(dict.fromkeys(s for hop in alike for s in hop.steps))
-            if len(steps) <= _KINDS or plan is self.loose:
+            few = len(steps) <= _KINDS or plan is self.loose
+            if few and self._able(steps, self._own()):
                 which = [[steps.index(hop.steps[w]) for w in hop.which] for hop in alike]
                 return Todo(jnp.asarray(which, jnp.int32), steps)
         return None
@@ -205,17 +206,23 @@ class Passes:
         owner = (keys.owner - 1) % self.devices.count
         return Keys(owner, keys.tokens, cargo), more[0] if more else None
 
-    def _halved(self, hop: Hop) -> tuple[Todo, Todo]:
+    def _halved(self, hop: Hop, own: Keys) -> tuple[Todo, Todo]:
         """What devices do of their own keys: first, and at the end."""
         mask = self.local.request.pairs.mask
-        both = zip(*(halves(step, mask) for step in hop.steps), strict=True)
+        first, last = zip(*(halves(step, mask) for step in hop.steps), strict=True)
+        if not self._able((*first, *last), own):
+            first, last = hop.steps, (None,) * len(hop.steps)
         which = jnp.asarray(hop.which, jnp.int32)
-        first, last = (Todo(which, steps) for steps in both)
-        return first, last
+        return Todo(which, first), Todo(which, last)
+
+    def _able(self, steps: Sequence[Step | None], keys: Keys) -> bool:
+        """Whether the mechanism within computes these steps too."""
+        hops = (self.local.hop(step, keys)[0] for step in steps if step is not None)
+        return not any(self.inner.unsupported(hop) for hop in hops)
 
     def _switch(self, todo: Todo, fn: Callable, state: Any) -> Any:
         branches = [ft.partial(fn, step) for step in todo.steps]
-        if len(branches) == 1:
+        if len(set(todo.steps)) == 1:
             return branches[0](state)
         return lax.switch(todo.which[self.local.me], branches, state)
 

@@ -15,6 +15,6 @@ MECHANISMS: dict[str, type[AbstractMechanism]] = {
     "blockwise": Blockwise,
     "vanilla": Vanilla,
     "all_gather": AllGather,
-    "ring": Ring,
     "ulysses": Ulysses,
+    "ring": Ring,
 }
