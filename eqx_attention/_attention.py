@@ -1,5 +1,6 @@
 """The verb, and the module that holds its options."""
 
+import functools as ft
 from typing import Any, TYPE_CHECKING
 
 import equinox as eqx
@@ -8,7 +9,7 @@ from beartype import beartype as typechecker
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Bool, Float, Int, jaxtyped, PRNGKeyArray
 
-from ._call import call_of, is_empty, request_shape, run, weights
+from ._call import call_of, is_empty, of_request, run, weights
 from ._config import AttentionConfig
 from ._distributed import (
     as_sharding,
@@ -18,7 +19,7 @@ from ._distributed import (
     shards_of,
 )
 from ._mask import AbstractMask, Full
-from ._mechanism import AbstractMechanism
+from ._mechanism import AbstractMechanism, Request
 from ._options import (
     as_dropout,
     as_dtype,
@@ -307,7 +308,9 @@ class Attention(eqx.Module):
         why, and for each other mechanism whether it could, or why not."""
         positions = (q_positions, kv_positions)
         call = self._call(query, key_, value, mask, score, sinks, key, inference, positions)
-        request = request_shape(call)
+        return of_request(call, ft.partial(self._explain, call))
+
+    def _explain(self, call: Call, request: Request) -> str:
         lines = ["empty"] if is_empty(call) else [self.mechanism.explain(request)]
         for reason in self.mechanism.unsupported(request):
             lines.append(f"  refused: {reason}")

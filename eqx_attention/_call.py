@@ -1,11 +1,15 @@
 """From the options of a call to its result."""
 
+import functools as ft
+from collections.abc import Callable
+from typing import Any
+
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from ._distributed import attention_over, local_request
-from ._mechanism import AbstractMechanism, attention, Request, Vanilla
+from ._distributed import attention_over, of_device
+from ._mechanism import AbstractMechanism, attention, Request, traced, Vanilla
 from ._options import (
     as_dropout,
     as_mask,
@@ -84,17 +88,22 @@ def run(mechanism: AbstractMechanism, call: Call) -> tuple[Array, Array]:
         out, lse = attention(mechanism, request)
         out, lse = with_sinks(out, lse, call.sinks)
     else:
-        check_supported(mechanism, local_request(request, call.shards))
+        check = ft.partial(check_supported, mechanism)
+        of_device(request, call.shards, check)
         out, lse = attention_over(mechanism, request, call.sinks, call.shards)
     return out.reshape(shape).astype(call.query.dtype), lse.reshape(shape[:-1])
 
 
-def request_shape(call: Call) -> Request:
-    """What a mechanism would be asked for on each device, as shapes and dtypes."""
-    request = eqx.filter_eval_shape(request_of, call)
-    if call.shards is None or is_empty(call):
-        return request
-    return local_request(request, call.shards)
+def of_request(call: Call, look: Callable[[Request], Any]) -> Any:
+    """What `look` says of what a mechanism would be asked for, on each device."""
+
+    def inside(call: Call):
+        request = request_of(call)
+        if call.shards is None or is_empty(call):
+            return look(request)
+        return of_device(request, call.shards, look)
+
+    return traced(inside, call)
 
 
 def is_empty(call: Call) -> bool:

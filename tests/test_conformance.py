@@ -54,7 +54,7 @@ def test_eager():
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("n", range(5))
+@pytest.mark.parametrize("n", range(3))
 @pytest.mark.parametrize(
     "mechanism, axes",
     [

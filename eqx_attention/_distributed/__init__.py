@@ -2,7 +2,7 @@ from .all_gather import AllGather as AllGather
 from .auto import Auto as Auto
 from .explain import explain_shards as explain_shards
 from .layout import from_layout as from_layout, to_layout as to_layout
-from .local import attention_over as attention_over, local_request as local_request
+from .local import attention_over as attention_over, of_device as of_device
 from .ring import Ring as Ring
 from .sharding import (
     as_sharding as as_sharding,

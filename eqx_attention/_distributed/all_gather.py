@@ -11,8 +11,9 @@ from .._mechanism import (
     gather_keys,
     gather_leaf,
     gather_pair,
-    gathered_shape,
     Gradients,
+    num_splits,
+    of_gathered,
     Request,
 )
 from .cost import all_gather_cost
@@ -60,7 +61,7 @@ class AllGather(AbstractMechanism):
 
     def unsupported(self, request: Request) -> tuple[str, ...]:
         reasons = not_split(request)
-        return reasons or as_inner(self.inner).unsupported(gathered_shape(request))
+        return reasons or of_gathered(request, as_inner(self.inner).unsupported)
 
     def forward(
         self, request: Request
@@ -96,11 +97,12 @@ class AllGather(AbstractMechanism):
         return grads[0], dk, dv, dleaves
 
     def blocks(self, request: Request) -> Blocks:
-        return as_inner(self.inner).blocks(gathered_shape(request))
+        return of_gathered(request, as_inner(self.inner).blocks)
 
     def explain(self, request: Request) -> str:
-        whole = gathered_shape(request)
+        keys = request.lengths[1] * num_splits(request.split.key)
+        inner = of_gathered(request, as_inner(self.inner).explain)
         return (
-            f"all_gather: {whole.lengths[1]} keys of all devices on each; "
-            f"{all_gather_cost(request)}; {as_inner(self.inner).explain(whole)}"
+            f"all_gather: {keys} keys of all devices on each; "
+            f"{all_gather_cost(request)}; {inner}"
         )

@@ -11,7 +11,7 @@ import numpy as np
 
 from .._mask import span
 from .._mechanism import num_splits, Request
-from .exchange import exchanged_shape, repeats
+from .exchange import of_exchanged, repeats
 
 
 # Four NVIDIA H200 by NVLink: operations a second of attention in bfloat16, forward and
@@ -80,7 +80,6 @@ def ring_cost(request: Request) -> Cost:
 
 def ulysses_cost(request: Request) -> Cost:
     _, n = request.split.key[-1]
-    inner = exchanged_shape(request, n)
     q, out = _row_bytes(request)
     kv = _kv_bytes(request)[0] * repeats(request, n)
     away = (n - 1) / n
@@ -88,8 +87,8 @@ def ulysses_cost(request: Request) -> Cost:
     same = request.query.shape[-1] == request.value.shape[-1]
     moved = _transfer(forward + backward, 8)
     count = 3 if same else 4
-    if inner.split.key:
-        more = min(all_gather_cost(inner), ring_cost(inner), key=lambda c: c.seconds)
+    if len(request.split.key) > 1:
+        more = of_exchanged(request, n, _cheapest)
         return Cost(
             forward + more.forward,
             backward + more.backward,
@@ -98,6 +97,11 @@ def ulysses_cost(request: Request) -> Cost:
             more.seconds + moved,
         )
     return Cost(forward, backward, count, 1.0, _compute(request) + moved)
+
+
+def _cheapest(request: Request) -> Cost:
+    costs = (all_gather_cost(request), ring_cost(request))
+    return min(costs, key=lambda cost: cost.seconds)
 
 
 COSTS = {"ulysses": ulysses_cost, "ring": ring_cost, "all_gather": all_gather_cost}

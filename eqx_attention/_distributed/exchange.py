@@ -2,16 +2,15 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from .._mechanism import counted, num_splits, Pairs, Request, Split
+from .._mechanism import counted, num_splits, Pairs, Request, Split, traced
 from .._tokens import Tokens
 
 
@@ -74,8 +73,8 @@ def exchanged(request: Request, axis: str, n: int) -> Request:
     return _request(request, qkv, pairs, head, n, counted)
 
 
-def exchanged_shape(request: Request, n: int) -> Request:
-    """What `exchanged` gives, as shapes and dtypes."""
+def of_exchanged(request: Request, n: int, look: Callable) -> Any:
+    """What `look` says of what `exchanged` would give."""
 
     def moved(x, heads: int):
         batch, length, _, channels = x.shape
@@ -103,9 +102,9 @@ def exchanged_shape(request: Request, n: int) -> Request:
         qkv = [moved(request.query, heads), k, v]
         pairs = jax.tree.map(leaf, _unnumbered(request))
         head = jnp.zeros((1, heads // n, 1, 1), jnp.int32)
-        return _request(request, qkv, pairs, head, n, numbers)
+        return look(_request(request, qkv, pairs, head, n, numbers))
 
-    return eqx.filter_eval_shape(fake, request)
+    return traced(fake, request)
 
 
 def _unnumbered(request: Request) -> Pairs:

@@ -1,6 +1,7 @@
 """From a request of whole arrays to what one device holds of it, and back."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -18,6 +19,7 @@ from .._mechanism import (
     counted,
     Request,
     Split,
+    traced,
     varying_axes,
 )
 from .._partial import merge, with_sinks
@@ -38,24 +40,24 @@ def attention_over(
     Of whole arrays, if `shards` is not `inside` a `jax.shard_map`: then it makes one.
     """
 
-    def of_device(request: Request, sinks: Array | None) -> _Result:
-        local = laid_out(mechanism, localised(request, shards))
+    def local(request: Request, sinks: Array | None) -> _Result:
+        request = laid_out(mechanism, localised(request, shards))
         merged = shards.sharding.merged
         if merged:
-            local = dataclasses.replace(local, result_dtype=local.dtype)
-        out, lse = attention(mechanism, local)
+            request = dataclasses.replace(request, result_dtype=request.dtype)
+        out, lse = attention(mechanism, request)
         if merged:
             out, lse = merge_over(out, lse, merged)
         return with_sinks(out, lse, sinks)
 
     if shards.inside:
-        return of_device(request, sinks)
+        return local(request, sinks)
     q_len = request.lengths[0]
     check_layout(mechanism, request.lengths, shards.size(shards.sharding.common))
     whole = padded(request, shards)
     axes = shards.sharding
     out_spec = P(_entry(axes.batch), _entry(axes.query_sequence), _entry(axes.heads))
-    out, lse = _over_mesh(of_device, (out_spec, out_spec), shards, whole, sinks)
+    out, lse = _over_mesh(local, (out_spec, out_spec), shards, whole, sinks)
     if whole.lengths[0] == q_len:
         return out, lse
     # An axis of type Explicit cannot split a length that it does not divide.
@@ -64,27 +66,24 @@ def attention_over(
     return out[:, :q_len], lse[:, :q_len]
 
 
-def local_request(request: Request, shards: Shards) -> Request:
-    """What one device would hold of a request, as shapes and dtypes.
+def of_device(request: Request, shards: Shards, look: Callable) -> Any:
+    """What `look` says of what one device would hold of a request.
 
     **Raises:** `ValueError` if a size does not divide.
     """
+    if shards.inside:
+        return traced(lambda request: look(localised(request, shards)), request)
     found = []
 
-    def look(request: Request, sinks: None):
-        as_shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
-        local = localised(request, shards)
-        found.append(jax.tree.map(lambda x: as_shape(x) if is_array(x) else x, local))
+    def inside(request: Request, sinks: None):
+        found.append(look(localised(request, shards)))
         return ()
 
     def over_mesh(request: Request):
-        return _over_mesh(look, (), shards, padded(request, shards), None)
+        _over_mesh(inside, (), shards, padded(request, shards), None)
+        return found[0]
 
-    if shards.inside:
-        eqx.filter_eval_shape(look, request, None)
-    else:
-        eqx.filter_eval_shape(over_mesh, request)
-    return found[0]
+    return traced(over_mesh, request)
 
 
 def padded(request: Request, shards: Shards) -> Request:
@@ -140,8 +139,12 @@ def localised(request: Request, shards: Shards) -> Request:
         )
 
     def tokens(old: Tokens, names: tuple[str, ...], length: int, axis: int) -> Tokens:
-        index = counted(shards.sized(names), length, axis)
-        return Tokens(old.position, length, old.shift, index)
+        index, position = counted(shards.sized(names), length, axis), old.position
+        if position is not None and position.shape[axis] != length:
+            # Of the one token that there was before it was padded.
+            shape = (*position.shape[:axis], length, *position.shape[axis + 1 :])
+            position = jnp.broadcast_to(position, shape)
+        return Tokens(position, length, old.shift, index)
 
     pairs, (q_len, kv_len) = request.pairs, request.lengths
     pairs = dataclasses.replace(

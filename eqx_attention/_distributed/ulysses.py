@@ -6,8 +6,8 @@ from .._mechanism import AbstractMechanism, again, Blocks, Gradients, Request
 from .cost import ulysses_cost
 from .exchange import (
     exchanged,
-    exchanged_shape,
     leaf_to_heads,
+    of_exchanged,
     repeat_heads,
     repeats,
     to_heads,
@@ -77,7 +77,7 @@ class Ulysses(AbstractMechanism):
         if heads % n:
             has = f"each of the {n} devices along {name!r} has {heads}"
             return (f"it needs a multiple of {n} query heads, and {has}",)
-        return as_inner(self.inner).unsupported(exchanged_shape(request, n))
+        return of_exchanged(request, n, as_inner(self.inner).unsupported)
 
     def forward(
         self, request: Request
@@ -125,11 +125,11 @@ class Ulysses(AbstractMechanism):
 
     def explain(self, request: Request) -> str:
         _, n = request.split.key[-1]
-        inner = exchanged_shape(request, n)
+        inner = of_exchanged(request, n, as_inner(self.inner).explain)
         count = repeats(request, n)
         more = f" (key heads repeated {count} times)" if count > 1 else ""
         return (
-            f"ulysses: {inner.query.shape[2]} of {request.query.shape[2]} heads and "
-            f"{inner.lengths[0]} queries a device{more}; {ulysses_cost(request)}; "
-            f"{as_inner(self.inner).explain(inner)}"
+            f"ulysses: {request.query.shape[2] // n} of {request.query.shape[2]} heads and "
+            f"{request.lengths[0] * n} queries a device{more}; {ulysses_cost(request)}; "
+            f"{inner}"
         )

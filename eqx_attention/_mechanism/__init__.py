@@ -16,8 +16,9 @@ from .gather import (
     gather_keys as gather_keys,
     gather_leaf as gather_leaf,
     gather_pair as gather_pair,
-    gathered_shape as gathered_shape,
     num_splits as num_splits,
+    of_gathered as of_gathered,
+    traced as traced,
 )
 from .primitive import attention as attention
 from .vanilla import Vanilla as Vanilla

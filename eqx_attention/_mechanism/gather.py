@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -65,8 +66,20 @@ def again(request: Request, dout: Array) -> Request:
     return dataclasses.replace(request, key_=key_, value=value)
 
 
-def gathered_shape(request: Request) -> Request:
-    """What `gather_keys` gives, of keys in order, as shapes and dtypes."""
+def traced(look: Callable, *args: Any) -> Any:
+    """What `look(*args)` says of shapes and types, without computing anything."""
+    found = []
+
+    def run(*args):
+        found.append(look(*args))
+        return ()
+
+    eqx.filter_eval_shape(run, *args)
+    return found[0]
+
+
+def of_gathered(request: Request, look: Callable) -> Any:
+    """What `look` says of what `gather_keys` would give, of keys in order."""
     n = num_splits(request.split.key)
 
     def wider(x, axis: int):
@@ -77,9 +90,10 @@ def gathered_shape(request: Request) -> Request:
         leaf = lambda x: wider(x, 3) if _has_keys(x) else x  # noqa: E731
         kv = wider(request.key_, 1), wider(request.value, 1)
         request = _counted_keys(request)
-        return _with_all_keys(request, kv, jax.tree.map(leaf, request.pairs))
+        whole = _with_all_keys(request, kv, jax.tree.map(leaf, request.pairs))
+        return look(whole)
 
-    return eqx.filter_eval_shape(gathered, request)
+    return traced(gathered, request)
 
 
 def _counted_keys(request: Request) -> Request:
