@@ -274,6 +274,17 @@ def test_several_dtypes_are_one_message():
     eqa.testing.check(ring_of(4), cases=[case]).raise_on_failure()
 
 
+def test_what_nothing_sees():
+    # What pads one query sees none of the keys that hold NaN; and where no pair is
+    # visible, there is no hop.
+    shape = Shape((2,), 1, 13, 2, 1, 4, 4)
+    cases = [
+        Case("hidden", "window", shape=shape, poison=True),
+        Case("nothing", eqa.Prefix(0), shape=shape),
+    ]
+    eqa.testing.check(ring_of(3), cases=cases).raise_on_failure()
+
+
 def test_inside_of_your_own_shard_map():
     n = 3
     q, k, v = square(24, heads=2, dim=4)

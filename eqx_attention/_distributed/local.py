@@ -113,9 +113,9 @@ def padded(request: Request, shards: Shards) -> Request:
         return jnp.pad(x, ((0, 0), (0, new - x.shape[1]), (0, 0), (0, 0)))
 
     pairs = jax.tree.map(leaf, request.pairs)
-    if kv_new != kv_len:
-        mask = pairs.mask & Padding(kv_len)
-        pairs = dataclasses.replace(pairs, mask=mask)
+    # Queries that are padding must not see what no other does, which may hold NaN.
+    padding = Padding(kv_len) if q_new == q_len else Padding(kv_len, q_len)
+    pairs = dataclasses.replace(pairs, mask=pairs.mask & padding)
     return dataclasses.replace(
         request,
         query=tokens(request.query, q_new),

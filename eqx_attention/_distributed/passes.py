@@ -180,9 +180,8 @@ class Passes:
         """Hops, each with the keys of the device from which they are needed, and no
         others: those of the next one are on their way when one is given."""
         fetched = [self._fetched(hop, own) for hop in hops[:1]]
-        for hop, after in zip(hops, [*hops[1:], None], strict=True):
-            if after is not None:
-                fetched.append(self._fetched(after, own))
+        for n, hop in enumerate(hops):
+            fetched += [self._fetched(after, own) for after in hops[n + 1 : n + 2]]
             yield hop, fetched.pop(0)
 
     def _fetched(self, hop: Hop, own: Keys) -> Keys:
