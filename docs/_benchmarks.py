@@ -1,6 +1,6 @@
 """Prints the tables of what was timed on a GPU, from the results that are committed.
 
-`_hooks.py` puts them where pages have `<!-- gpu -->` and `<!-- decode -->`.
+`_hooks.py` puts them where pages have `<!-- gpu -->`, `<!-- gpus -->`, `<!-- decode -->`.
 """
 
 import json
@@ -115,6 +115,28 @@ def markdown_of_decoding() -> str:
     return "\n".join(lines)
 
 
+def markdown_of_gpus() -> str:
+    """Of what `benchmarks/context_parallel.py` wrote, in one run and in one of windows."""
+    names = ("context_parallel.json", "context_parallel_window.json")
+    reports = [json.loads((_RESULTS / name).read_text()) for name in names]
+    shape = reports[0]["shape"]
+    lines = [
+        f"{reports[0]['devices']} × {reports[0]['device']}, batch {shape['batch']}, "
+        f"{shape['heads']} heads of {shape['dim']}, {shape['dtype']}; "
+        f"`XLA_FLAGS={reports[0]['XLA_FLAGS']}`.",
+        "",
+        "| length, mask | pass | strategy | GPUs | ms | TFLOP/s a GPU | efficiency |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in (row for report in reports for row in report["rows"]):
+        cells = [f"{row['length']:,} {row['mask']}", row["pass"], row["strategy"]]
+        cells += [str(row["devices"]), f"{row['ms']:.2f}", f"{row['tflops_a_device']:.0f}"]
+        cells += [f"{row['efficiency']:.2f}" if "efficiency" in row else ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     print(markdown_of_results())
+    print(markdown_of_gpus())
     print(markdown_of_decoding())
