@@ -26,8 +26,15 @@ from lm.sharded import MECHANISMS, Program
 
 
 DEFAULTS = RunConfig(
-    **dict(steps=4, batch=1, seq=2**15, width=64, depth=1),
-    **dict(heads=8, kv_heads=2, ff_block=512, lr=1e-2),
+    steps=6,
+    batch=1,
+    seq=2**15,
+    width=64,
+    depth=1,
+    heads=8,
+    kv_heads=2,
+    ff_block=512,
+    lr=1e-2,
 )
 
 
@@ -84,7 +91,8 @@ def connect(args: argparse.Namespace) -> None:
             "--coordinator, --num-processes and --process-id belong together; got "
             f"{', '.join(map(str, processes))}"
         )
-    count, devices = args.num_processes or 1, 8 if args.devices is None else args.devices
+    count = 1 if args.num_processes is None else args.num_processes
+    devices = 8 if args.devices is None else args.devices
     if devices < 1 or count < 1 or devices % count != 0:
         raise ValueError(
             "--devices must be a positive multiple of --num-processes; got "
@@ -107,7 +115,7 @@ def config_of(args: argparse.Namespace) -> RunConfig:
     return dataclasses.replace(DEFAULTS, seq=args.context, **given(args, RunConfig))
 
 
-def devices_of(args: argparse.Namespace, config: RunConfig) -> Sequence[jax.Device]:
+def devices_of(args: argparse.Namespace, config: RunConfig) -> Sequence[Any]:
     """The devices that were asked for.
 
     **Raises:** a `ValueError` if there are others, or if the run cannot be split so.
@@ -169,7 +177,7 @@ def num_bytes(step: Any) -> str:
     """What a compiled step takes on a device."""
     stats = step.compiled.memory_analysis()
     parts = (stats.argument_size_in_bytes, stats.temp_size_in_bytes)
-    arguments, rest = (f"{part / 2**20:.1f} MiB" for part in parts)
+    arguments, rest = (f"{part / 2**20:.2f} MiB" for part in parts)
     return f"{arguments} of arguments, {rest} of temporaries"
 
 

@@ -99,6 +99,10 @@ def test_layout_is_that_of_the_mask():
             "multiple of --num-processes; got 8 and 3",
         ),
         (
+            "--coordinator=localhost:1 --num-processes=0 --process-id=0",
+            "multiple of --num-processes; got 8 and 0",
+        ),
+        (
             "--coordinator=localhost:1 --num-processes=2 --process-id=2",
             "--process-id must be in [0, 2); got 2",
         ),
@@ -171,6 +175,6 @@ def test_two_processes(expected, tmp_path):
     assert "ring: 7 of 7 hops over 8 devices" in first and "zigzag" in first
     # Of what is linear in the tokens, each device has an eighth.
     each, alone = map(float, re.findall(r"([\d.]+) MiB of temporaries", first))
-    assert each < alone / 3
+    assert each < alone / 3, (each, alone)
     # The first one speaks for both.
     assert "step" not in second and "memory" not in second

@@ -6,7 +6,7 @@ device, until the gradients are added up.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
 import eqx_attention as eqa
@@ -64,14 +64,14 @@ class Program:
         config: RunConfig,
         mechanism: str,
         text: UInt8[np.ndarray, " train"],
-        devices: Sequence[jax.Device],
+        devices: Sequence[Any],
     ):
         self.config, self.text = config, text
         n, auto = len(devices), (AxisType.Auto,)
         self.mesh = jax.make_mesh((n,), ("sp",), auto, devices=devices)
         # A causal ring is balanced in the zigzag layout; a window reaches less far without.
         zigzag = mechanism == "ring" and config.mask == "causal"
-        self.layout = "zigzag" if zigzag else "contiguous"
+        self.layout: Literal["zigzag", "contiguous"] = "zigzag" if zigzag else "contiguous"
         chosen = eqa.Ring(layout=self.layout) if mechanism == "ring" else mechanism
         self.attention = dataclasses.replace(
             config.attention, mechanism=chosen, sharding=eqa.Sharding(sequence="sp")
