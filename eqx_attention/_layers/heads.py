@@ -37,8 +37,9 @@ def normalise(
     return heads
 
 
-def process(fn: Callable[..., Any], *heads: _Heads) -> tuple[_Heads, ...]:
-    """Applies the user's `process_heads` to the query, key and value heads."""
+def process(fn: Callable[..., Any], *heads: Array) -> tuple[Array, ...]:
+    """Applies the user's `process_heads` to the query, key and value heads, of which there
+    may be fewer of keys than of queries."""
     out = fn(*heads)
     for old, new in zip(heads, out, strict=True):
         if old.shape != new.shape:

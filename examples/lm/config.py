@@ -97,15 +97,18 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def add_flags(group: Any, cls: type) -> None:
-    """Adds a flag for each field to a group of arguments."""
-    for field in dataclasses.fields(cls):
-        shown = "" if field.default is None else f" (default: {field.default})"
+def add_flags(group: Any, defaults: Any, leave_out: tuple[str, ...] = ()) -> None:
+    """Adds a flag for each field of a dataclass to a group of arguments."""
+    for field in dataclasses.fields(defaults):
+        if field.name in leave_out:
+            continue
+        default = getattr(defaults, field.name)
+        shown = "" if default is None else f" (default: {default})"
         group.add_argument(
             flag(field.name),
             # Only what was asked for is in the result, so that `given` can tell.
             default=argparse.SUPPRESS,
-            type=str if field.default is None else type(field.default),
+            type=str if default is None else type(default),
             metavar="FILE" if field.name == "text" else field.name.upper(),
             help=field.metadata["help"] + shown,
         )

@@ -40,7 +40,7 @@ def split(text: UInt8[np.ndarray, " text"], seq: int) -> Split:
         raise ValueError(
             f"the text is too short: nine tenths of its {len(text)} bytes must hold a "
             f"sequence of {seq} bytes and the byte after it; give a longer text or a "
-            "smaller --seq"
+            "shorter sequence"
         )
     return result
 

@@ -1,6 +1,9 @@
 """The optimiser, one training step, and the validation loss."""
 
+from collections.abc import Callable
+
 import equinox as eqx
+import eqx_attention as eqa
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -47,8 +50,8 @@ def optimiser(config: RunConfig) -> optax.GradientTransformation:
 
 
 @eqx.filter_jit
-def init_state(config: RunConfig) -> State:
-    model = LanguageModel(config, key=jr.key(config.seed))
+def init_state(config: RunConfig, attention: eqa.AttentionConfig | None = None) -> State:
+    model = LanguageModel(config, attention, key=jr.key(config.seed))
     return State(
         model=model,
         opt_state=optimiser(config).init(eqx.filter(model, eqx.is_inexact_array)),
@@ -71,7 +74,14 @@ def train_step(constants: tuple[RunConfig, UInt8[Array, " train"]], state: State
     config, text = constants
     starts = batch_starts(config.seed, state.step, config.batch, len(text) - config.seq)
     tokens = cut(text, starts, config.seq + 1)
-    loss, grads = eqx.filter_value_and_grad(lambda m: losses(m, tokens).mean())(state.model)
+    return updated(config, state, lambda model: losses(model, tokens).mean())
+
+
+def updated(
+    config: RunConfig, state: State, loss_of: Callable[[LanguageModel], Float[Array, ""]]
+) -> State:
+    """The state after a step down the gradient of a loss."""
+    loss, grads = eqx.filter_value_and_grad(loss_of)(state.model)
     updates, opt_state = optimiser(config).update(
         grads, state.opt_state, eqx.filter(state.model, eqx.is_inexact_array)
     )
