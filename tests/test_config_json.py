@@ -17,6 +17,10 @@ import pytest
 from eqx_attention._describe import describe, parse, rebuild
 
 
+# Left out on the newest jax: what this is about is our own.
+pytestmark = pytest.mark.slow
+
+
 _window = st.none() | st.integers(0, 2**31 - 1)
 _leaf_masks = st.one_of(
     st.just(eqa.Full()),

@@ -249,6 +249,7 @@ def test_hop_contract(name):
             precision=None,
             dtype=None,
             platform="cpu",
+            shards=None,
         )
         return request_of(call)
 

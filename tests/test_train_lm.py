@@ -144,6 +144,7 @@ _killed = """
 """
 
 
+@pytest.mark.slow
 def test_resume_after_kill(uninterrupted, text_file, tmp_path):
     """`kill -9` at a random step, and again while a checkpoint is being written. Then all
     that remains is the same to the last bit."""

@@ -3,6 +3,10 @@ import jax.numpy as jnp
 import pytest
 
 
+# Left out on the newest jax: what this is about is our own.
+pytestmark = pytest.mark.slow
+
+
 def test_text():
     text = eqa.visualise(eqa.Causal() & eqa.SlidingWindow(1), 3, 4)
     assert text.splitlines() == ["█···", "██··", "·██·"]
