@@ -390,3 +390,11 @@ def test_long():
     assert cache.key_.shape[0] == FIRST + WINDOW + 1 and cache.length == 100
     mask = eqa.Causal() & ROLLED
     assert_close(out, compiled(ft.partial(eqa.attend, mask=mask), query, key_, value), 1e-5)
+
+
+def test_a_rolling_cache_shows_no_token_that_comes_later():
+    cache = eqa.RollingCache.init(6, 1, 4, num_first=4, chunk=4)
+    x = jax.random.normal(jax.random.key(0), (4, 1, 4))
+    cache = cache.append(x, x)
+    expected = eqa.attend(x, x, x, mask=eqa.Causal())
+    np.testing.assert_allclose(cache.attend(x), expected, atol=1e-6)

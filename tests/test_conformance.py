@@ -22,11 +22,11 @@ def _check_all(cases):
 
 
 def test_float64():
-    _check_all(_chunk(0, "float64"))
+    _check_all(testing.cases(6, dtype="float64"))
 
 
 @pytest.mark.parametrize(
-    "block_q, block_k", [(1, 1), pytest.param(8, 5, marks=pytest.mark.slow)]
+    "block_q, block_k", [(1, 1), pytest.param(8, 5, marks=pytest.mark.thorough)]
 )
 def test_blocks(block_q, block_k):
     mechanism = eqa.Blockwise(block_q=block_q, block_k=block_k)

@@ -111,7 +111,12 @@ def _stored(k, v, kind, seed=0):
 
 
 @pytest.mark.parametrize(
-    "kind", ("paged", "fp8 paged", pytest.param("int8", marks=THOROUGH))
+    "kind",
+    (
+        "fp8 paged",
+        pytest.param("paged", marks=THOROUGH),
+        pytest.param("int8", marks=THOROUGH),
+    ),
 )
 def test_stored(kind):
     """Stored keys are exactly the keys that they stand for; also mapped over, and in the

@@ -141,6 +141,40 @@ def test_lowers_over_a_mesh(mechanism, axes, hopper, monkeypatch):
     assert "mosaic_gpu" in text
 
 
+def test_decoding_lowers_over_a_mesh(hopper, monkeypatch):
+    """From a cache that is split: numbers of keys differ from device to device."""
+    monkeypatch.setattr(_call, "platform_of", lambda *_: "gpu")
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = eqa.Sharding(key_sequence="x")
+    attention = eqa.Attention(
+        mechanism="decode", mask=eqa.Padding(200), sharding=sharding, mesh=mesh
+    )
+    arrays = (_small()[:, :1], *2 * [_small()[:, :, :2]])
+    assert "in a kernel for Hopper" in attention.explain(*arrays)
+    if NEW:
+        lowered = jax.jit(attention).trace(*arrays)
+        text = lowered.lower(lowering_platforms=("cuda",)).as_text()
+        assert "mosaic_gpu" in text
+
+
+def test_what_cannot_be_rows_is_decoded_without_the_kernel(hopper, monkeypatch):
+    """Tables of each head, in which rows of several heads would look; and tiles that were
+    counted for each head."""
+    monkeypatch.setattr(_call, "platform_of", lambda *_: "gpu")
+    arrays = (_small()[:, :1], *2 * [_small()[:, :, :2]])
+    dense = jnp.arange(4)[:, None, None] == (jnp.arange(256) // 64)[None, None]
+    table = eqa.RelativeBias(jnp.ones((32, 4)), bidirectional=True, max_distance=128)
+    for options in (
+        {"score": table},
+        {"mask": eqa.block_mask(dense, 1, 256, num_heads=4, block_q=1, block_k=64)},
+    ):
+        attention = eqa.Attention(mechanism="decode", **options)
+        assert "splits of" in attention.explain(*arrays)
+    shared = eqa.block_mask(dense[0], 1, 256, block_q=1, block_k=64)
+    attention = eqa.Attention(mechanism="decode", mask=shared)
+    assert "in a kernel" in attention.explain(*arrays)
+
+
 def _small():
     return jnp.zeros((4, 256, 4, 64), jnp.bfloat16)
 

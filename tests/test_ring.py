@@ -121,6 +121,7 @@ def test_causal_over_eight_devices():
     check(ring_of(8), qkv, more, options)
 
 
+@pytest.mark.thorough
 def test_a_window_over_two_axes():
     qkv = square(32, heads=2, dim=4)
     more = dict(score=(eqa.ALiBi.standard(2),))

@@ -118,12 +118,12 @@ CASES = {
 }
 EXPLICIT = ("sp tp", "a grid")
 # What others test too.
-SLOW = ("queries alone", "dp sp", "sp tp")
+RARE = ("queries alone", "dp sp", "sp tp")
 
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in CASES],
+    [pytest.param(n, marks=pytest.mark.thorough if n in RARE else ()) for n in CASES],
 )
 def test_as_on_one_device(name):
     mechanism, sizes, axes = CASES[name]

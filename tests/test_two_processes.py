@@ -54,7 +54,7 @@ def expected(optax_promotes):
     (
         ("ring", 3, "collective-permute"),
         ("ulysses", 4, "all-to-all"),
-        pytest.param("all_gather", 2, "all-gather", marks=pytest.mark.slow),
+        pytest.param("all_gather", 2, "all-gather", marks=pytest.mark.thorough),
     ),
 )
 def test_losses_are_those_of_one_device(expected, mechanism, n, moved):

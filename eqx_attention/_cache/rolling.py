@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Int32, jaxtyped
 
 from .._keys import EightBits, Keys
-from .._mask import AbstractMask, Keys as KeyMask, Prefix, SlidingWindow
+from .._mask import AbstractMask, Causal, Keys as KeyMask, Prefix, SlidingWindow
 from .base import AbstractCache
 from .checks import (
     check_buffers,
@@ -193,5 +193,5 @@ class RollingCache(AbstractCache):
         mask = KeyMask(slots < length)
         near = SlidingWindow(self.window)
         if self.num_first > 0:
-            near = near | Prefix(self.num_first)
+            near = Causal() & (near | Prefix(self.num_first))
         return self.key_, self.value, positions, mask & near

@@ -19,7 +19,8 @@ def decode(request: Request, num_splits: int | None) -> tuple[Array, Array]:
     """`(out, lse)`, as of a mechanism; of heads that are padded already."""
     rows, batch = packed(request), request.query.shape[0]
     blocks = blocks_of(rows)
-    splits = num_splits or splits_of(rows, blocks)
+    tiles = ceil_div(request.lengths[1], blocks.key)
+    splits = min(num_splits, tiles) if num_splits else splits_of(rows, blocks)
     out, lse = forward(rows, blocks, splits)
     out, lse = (x.reshape(splits, batch, *x.shape[1:]) for x in (out, lse))
     return unpacked(request, *merge_stacked(out, lse))

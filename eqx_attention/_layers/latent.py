@@ -59,7 +59,8 @@ class MultiheadLatentAttention(eqx.Module):
 
         ```python
         import eqx_attention as eqa
-                import jax.random as jr
+        import jax.numpy as jnp
+        import jax.random as jr
 
         mla = eqa.MultiheadLatentAttention(
             num_heads=8,

@@ -1,17 +1,21 @@
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
 from .._axes import ceil_div, largest_divisor
 from .._keys import is_stored, key_block
+from .._mask import BlockMask
 from .._partial import merge_stacked
 from .base import AbstractMechanism, Blocks, Gradients, Request
 from .blockwise import Blockwise, loop, softmax_of_tile, tile_block
 from .flash import Flash, kernels_unsupported, padded_heads
 from .gather import keys_are_split
+from .packed import packed
 from .plan import grid, kinds, lists
 from .tile import heads_first, TileOf, tokens_first
+from .varying import untyped
 
 
 # The most query tokens.
@@ -93,7 +97,7 @@ class Decode(AbstractMechanism):
 
             stored = is_stored(request.key_, request.value)
             whole = request if stored else padded_heads(request)
-            out, lse = decode(whole, self.num_splits)
+            out, lse = untyped(decode, whole, self.num_splits)
             return out[..., : request.value.shape[-1]], lse
         sizes = self._splits(request)
         tiles, overlaps = grid(request, sizes), (False, True)
@@ -168,14 +172,24 @@ class Decode(AbstractMechanism):
 
 
 def _has_kernel(request: Request) -> bool:
-    """Whether the kernels of `Flash` compute this."""
-    if kernels_unsupported(request):
+    """Whether the kernels of `Flash` compute this, with heads for rows."""
+    if request.platform != "gpu" or _has_table_of_heads(request):
+        return False
+    # There, what belongs to a head belongs to a row, and not every lookup can follow.
+    if kernels_unsupported(eqx.filter_eval_shape(packed, request)):
         return False
     if not is_stored(request.key_, request.value):
         return True
     from .._kernel.pages import pages_fit
 
     return pages_fit(request.key_) and pages_fit(request.value)
+
+
+def _has_table_of_heads(request: Request) -> bool:
+    """Whether tiles were counted for each head, and heads are to share tiles."""
+    bound = lambda x: isinstance(x, BlockMask)  # noqa: E731
+    masks = filter(bound, jax.tree.leaves(request.pairs.mask, is_leaf=bound))
+    return request.groups > 1 and any(x.num_some.shape[1] > 1 for x in masks)
 
 
 def _even(length: int, limit: int) -> int:
