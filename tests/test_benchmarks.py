@@ -8,6 +8,10 @@ import runpy
 import pytest
 
 
+# Left out on the newest jax: what this is about is our own.
+pytestmark = pytest.mark.slow
+
+
 _root = pathlib.Path(__file__).parent.parent
 
 

@@ -10,6 +10,10 @@ from eqx_attention.testing import Shape
 from .helpers import assert_close, operands
 
 
+# Left out on the newest jax: what this is about is our own.
+pytestmark = pytest.mark.slow
+
+
 KEY = jax.random.key(7)
 SHAPE = Shape((3,), 19, 23, 4, 2, 8, 8)
 

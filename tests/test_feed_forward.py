@@ -11,6 +11,10 @@ from eqx_attention import blockwise, FeedForward
 from .helpers import compiled, fast_jit
 
 
+# Left out on the newest jax: what this is about is our own.
+pytestmark = pytest.mark.slow
+
+
 def _loss(module, x, block_size, **kwargs):
     if block_size is None:
         y = jax.vmap(module)(x)

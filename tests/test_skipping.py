@@ -11,6 +11,10 @@ import pytest
 from .helpers import square
 
 
+# Left out on the newest jax: what this is about is our own.
+pytestmark = pytest.mark.slow
+
+
 COUNT = collections.Counter()
 
 
