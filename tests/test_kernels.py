@@ -317,7 +317,7 @@ def test_cudnn_refuses_what_was_not_checked(hopper):
         assert not eqa.Flash().unsupported(request)
 
 
-@pytest.mark.parametrize("by_key", (False, True))
+@pytest.mark.parametrize(("by_key", "in_order"), ((False, False), (True, True)))
 @pytest.mark.parametrize("kv_len", (64, 50, 5))
 @pytest.mark.parametrize(
     "mask",
@@ -330,16 +330,20 @@ def test_cudnn_refuses_what_was_not_checked(hopper):
     ),
     ids=repr,
 )
-def test_tables_hold_each_tile_that_is_seen(mask, kv_len, by_key):
+def test_tables_hold_each_tile_that_is_seen(mask, kv_len, by_key, in_order):
     """Against the dense mask: what is visible is in a tile of the table, and what is in a
-    tile that is FULL is visible (and no token beyond the end)."""
+    tile that is FULL is visible (and no token beyond the end). In order, each run of tiles
+    goes backwards, and tiles before those that are FULL are behind them."""
     if isinstance(mask, eqa.Segments):
         mask = eqa.Segments(jnp.arange(40) // 11, jnp.arange(kv_len) // 11)
     q, k = (jnp.zeros((1, n, 2, 64), jnp.bfloat16) for n in (40, kv_len))
     request = make_request(q, k, k, mask=mask)
     block_q, block_k = 16, 8
-    got = table(request, block_q, block_k, by_key)
-    columns, full, some, before = (np.asarray(x) for x in got)
+    got, order = table(request, block_q, block_k, by_key, in_order)
+    columns, full, some = (np.asarray(x) for x in got)
+    assert (order is None) is not in_order
+    high = np.zeros_like(full) if order is None else np.asarray(order.high)
+    before = None if order is None else np.asarray(order.before)
     dense = np.zeros((48, -(-kv_len // 8) * 8), bool)
     visible = eqa.attention_weights(*(x.astype(jnp.float32) for x in (q, k)), mask=mask)
     dense[:40, :kv_len] = np.asarray(visible)[0, 0] > 0
@@ -351,11 +355,18 @@ def test_tables_hold_each_tile_that_is_seen(mask, kv_len, by_key):
             tile = slice(i * 16, i * 16 + 16), slice(j * 8, j * 8 + 8)
             covered[tile] = True
             column = columns[0, 0, row, n]
-            assert before[0, 0, row, n] == count.get(column, 0)
+            if before is not None:
+                assert before[0, 0, row, n] == count.get(column, 0)
             count[column] = count.get(column, 0) + 1
-            if n < full[0, 0, row]:
+            if high[0, 0, row] <= n < high[0, 0, row] + full[0, 0, row]:
                 rows = tile[0].start, min(tile[0].stop, 40)
                 assert dense[slice(*rows), tile[1]].all()
+        first = int(high[0, 0, row])
+        runs = np.split(columns[0, 0, row], (first, first + full[0, 0, row]))
+        if in_order:
+            runs[2] = runs[2][: some[0, 0, row] - first - full[0, 0, row]]
+            assert all((np.diff(run) < 0).all() for run in runs)
+            assert not first or runs[0].min() > runs[1].max()
     assert covered[dense].all()
 
 

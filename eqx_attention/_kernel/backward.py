@@ -1,22 +1,19 @@
-"""What the kernels of the backward pass share: their operands, the arithmetic of a tile,
-how it is loaded, and whose turn it is to add to a gradient of queries.
-
-A block of threads has a row of tiles: some keys, and all the queries that see them.
+"""What the kernels of the backward pass share: their operands, and the arithmetic of a
+tile. A block of threads has a row of tiles: some keys, and all the queries that see them.
 """
 
-import functools as ft
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.experimental import pallas as pl
+import numpy as np
+from jax.core import Tracer
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .._axes import ceil_div
 from .._mechanism.base import Request
-from .hopper import along, await_count, COLUMN, count, counted, LOG2E, whole_rows
+from .hopper import along, COLUMN, LOG2E, whole_rows
 from .schedule import place_of, section
 from .tables import never_masked, table
 from .terms import AtTile, folded_scale, keep_fn, logit_fn, Place, terms_of, visible_fn
@@ -33,7 +30,7 @@ WARPGROUPS = 2
 class Blocks(NamedTuple):
     """How a backward kernel is cut: queries of a tile, keys of a product, and how many
     tiles of queries and of gradients of outputs are in flight; and whether gradients of
-    queries are added up in the same order each time, which takes longer."""
+    queries are added up in the same order each time."""
 
     query: int = 64
     key: int = 64
@@ -54,9 +51,8 @@ class Refs(NamedTuple):
     columns: Any
     full: Any
     some: Any
-    before: Any
     inputs: Sequence[Any]
-    added: Sequence[Any]
+    order: Sequence[Any]
     dq: Any
     dk: Any
     dv: Any
@@ -81,7 +77,7 @@ class Work:
         batch, q_len, heads, _ = request.query.shape
         self.kv_heads = request.key_.shape[2]
         self.num_rows = ceil_div(request.lengths[1], rows)
-        self.tiles = table(request, blocks.query, rows, by_key=True)
+        self.tiles, order = table(request, blocks.query, rows, True, blocks.in_order)
         folded = folded_scale(request.pairs)
         self.scale = 1.0 if folded is None else folded
         # Queries beyond the end see nothing, but a score may make NaN of them.
@@ -111,9 +107,15 @@ class Work:
         low = lse * (-LOG2E if folded is None else -1 / folded)
         self.lse, self.delta = padded(low, -jnp.inf), padded(-delta, 0)
         self.dq = jax.new_ref(jnp.zeros(self.q.shape, jnp.float32))
-        # Of each warpgroup's part of a tile of dq, how many were added.
-        counts = (batch, heads, ceil_div(q_len, blocks.query), WARPGROUPS)
-        self.added = [jax.new_ref(jnp.zeros(counts, jnp.int32))] if blocks.in_order else []
+        self.order: list[Any] = []
+        # Whether there may be rows that begin with tiles that are not FULL.
+        self.high = False
+        if order is not None:
+            # Of each tile of dq, how many were added.
+            counts = (batch, heads, ceil_div(q_len, blocks.query))
+            self.order = [*order, jax.new_ref(jnp.zeros(counts, jnp.int32))]
+            unknown = isinstance(order.high, Tracer)
+            self.high = unknown or bool(np.asarray(order.high).any())
         # A row waits for those before it: few are to be computed at once.
         side_by_side = section(request, _SIDE_BY_SIDE if blocks.in_order else 1)
         self.place = place_of(batch, self.kv_heads, self.num_rows, side_by_side)
@@ -126,12 +128,13 @@ class Work:
     @property
     def arrays(self) -> list[Any]:
         operands = (self.q, self.k, self.v, self.dout, self.lse, self.delta)
-        return [*operands, *self.tiles, *self.terms.arrays, *self.added, self.dq]
+        return [*operands, *self.tiles, *self.terms.arrays, *self.order, self.dq]
 
     def barriers(self, kv_parts: int, parts: int) -> tuple[Any, ...]:
         """Of keys and values; then of queries and of gradients of outputs, when they are
-        there, and when they are free. Keys and values are copied in so many parts in all,
-        the others in so many each, and lse or delta."""
+        there, and when they are free; and of gradients of queries, if another warp adds
+        them. Keys and values are copied in so many parts in all, the others in so many
+        each, and lse or delta."""
         ready, free = parts + 1, WARPGROUPS
         stages = (self.blocks.stages, self.blocks.dout_stages)
         return (
@@ -141,6 +144,7 @@ class Work:
                 for arrivals in (ready, free)
                 for count in stages
             ),
+            *(plgpu.Barrier(num_arrivals=n) for n in (WARPGROUPS, 1) if self.order),
         )
 
     @property
@@ -149,10 +153,10 @@ class Work:
 
     def refs(self, refs: Sequence[Any]) -> tuple[Refs, Sequence[Any]]:
         """In the kernel: its arrays, and its scratch."""
-        given, refs = refs[:10], refs[10:]
+        given, refs = refs[:9], refs[9:]
         inputs, refs = refs[: self.terms.count], refs[self.terms.count :]
-        added, refs = refs[: len(self.added)], refs[len(self.added) :]
-        return Refs(*given, inputs, added, *refs[:3]), refs[3:]
+        order, refs = refs[: len(self.order)], refs[len(self.order) :]
+        return Refs(*given, inputs, order, *refs[:3]), refs[3:]
 
     def gradients(self, dk: jax.Array, dv: jax.Array) -> tuple[jax.Array, ...]:
         q_len, kv_len = self.request.lengths
@@ -213,141 +217,6 @@ class Work:
             # What is not seen may be NaN, of which 0 times is NaN.
             ds = jnp.where(weights == 0, 0.0, ds)
         return ds
-
-
-class Row:
-    """In the kernel: one row of tiles, and its block of threads."""
-
-    def __init__(self, work: Work, refs: Refs):
-        self.work, self.refs = work, refs
-        self.batch, self.kv_head, self.number = work.place(lax.axis_index("block"))
-        self.at = work.tiles.at(self.batch, self.kv_head, self.number)
-        self.whole, self.some = refs.full[self.at], refs.some[self.at]
-        self.k_base = self.number * work.rows
-
-    @property
-    def num_tiles(self) -> Any:
-        return self.work.request.groups * self.some
-
-    def tile(self, n: Any) -> tuple[Any, Any, tuple]:
-        """Of the `n`-th tile: its head, its column, and where the row's lists have it."""
-        groups = self.work.request.groups
-        group, t = (lax.div(n, self.some), lax.rem(n, self.some)) if groups > 1 else (0, n)
-        here = (*self.at, t)
-        return self.kv_head * groups + group, self.refs.columns[here], here
-
-    def for_tiles(self, step: Callable[[bool, Any, Any], Any], turn: Any) -> None:
-        """`turn = step(masked, n, turn)` for each tile."""
-        groups = self.work.request.groups
-
-        def of_group(g, turn):
-            def one(masked, t, turn):
-                return step(masked, g * self.some + t, turn)
-
-            turn = lax.fori_loop(0, self.whole, ft.partial(one, False), turn)
-            if self.work.may_mask:
-                turn = lax.fori_loop(self.whole, self.some, ft.partial(one, True), turn)
-            return turn
-
-        if groups == 1:
-            of_group(0, turn)
-        else:
-            lax.fori_loop(0, groups, of_group, turn)
-
-    def queries(self, n: Any) -> tuple[Any, Any]:
-        """The head of the `n`-th tile, and its first query."""
-        head, column, _ = self.tile(n)
-        return head, column * self.work.blocks.query
-
-    def copy(self, kv: Any, q: Any, dout: Any) -> None:
-        """What the last warpgroup does: it loads all tiles. `kv` is `(k_smem, v_smem,
-        ready)`, the others are `(smem, numbers, ready, free)`, where the numbers are lse or
-        delta."""
-        plgpu.set_max_registers(24, action="decrease")
-        work, refs = self.work, self.refs
-        keys = (self.batch, pl.ds(self.k_base, work.rows), self.kv_head)
-        _copy_parts(refs.k, keys, kv[0], kv[2])
-        _copy_parts(refs.v, keys, kv[1], kv[2])
-
-        def load(n, _):
-            head, first = self.queries(n)
-            rows = pl.ds(first, work.blocks.query)
-
-            def one(ref, numbers_ref, smem, numbers, ready, free):
-                slot = lax.rem(n, smem.shape[0])
-
-                @pl.when(n >= smem.shape[0])
-                def _():
-                    plgpu.barrier_wait(free.at[slot])
-
-                at, to = (self.batch, rows, head), ready.at[slot]
-                _copy_parts(ref, at, smem.at[slot], to)
-                numbers_at = numbers_ref.at[self.batch, head, rows]
-                plgpu.copy_gmem_to_smem(numbers_at, numbers.at[slot], to)
-
-            one(refs.q, refs.lse, *q)
-            one(refs.dout, refs.delta, *dout)
-
-        lax.fori_loop(0, self.num_tiles, load, None)
-
-    def turn(self, n: Any, part: Any) -> Any:
-        """How often the part of dq of the `n`-th tile was added to, as of now."""
-        if not self.refs.added:
-            return None
-        return counted(self._counter(jnp.minimum(n, self.num_tiles - 1), part))
-
-    def take_turn(self, n: Any, part: Any, copies: int, turn: Any) -> Any:
-        """Says that the part of dq before the last is there, and waits until that of this
-        tile may be added, unless `turn` says so already. Returns that of the next tile.
-        Each part is added in so many copies."""
-        if not self.refs.added:
-            return None
-        after = self.turn(n + 1, part)
-
-        @pl.when(n > 1)
-        def _():
-            plgpu.wait_smem_to_gmem(copies)
-            self._count(n - 2, part)
-
-        _, _, here = self.tile(n)
-        before = self.refs.before[here]
-
-        @pl.when(turn < before)
-        def _():
-            await_count(self._counter(n, part), before)
-
-        return after
-
-    def end_turns(self, part: Any) -> None:
-        if not self.refs.added:
-            return
-        plgpu.wait_smem_to_gmem(0)
-        last = self.num_tiles - 1
-        pl.when(last > 0)(lambda: self._count(last - 1, part))
-        self._count(last, part)
-
-    def _counter(self, n: Any, part: Any) -> Any:
-        head, column, _ = self.tile(n)
-        return self.refs.added[0].at[self.batch, head, column, part]
-
-    def _count(self, n: Any, part: Any) -> None:
-        count(self._counter(n, part))
-
-    def add(self, dq: jax.Array, smem: Any, at: tuple) -> None:
-        """Adds a part of a tile to the gradient of queries."""
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        smem[...] = dq
-        plgpu.commit_smem()
-        to = self.refs.dq.at[(self.batch, *at)]
-        plgpu.copy_smem_to_gmem(smem, to, reduction_op="add")
-
-
-def _copy_parts(ref: Any, at: tuple, smem: Any, barrier: Any) -> None:
-    """Shared memory has the columns of an array in parts."""
-    parts, *_, size = smem.shape
-    for c in range(parts):
-        here = (*at, pl.ds(c * size, size))
-        plgpu.copy_gmem_to_smem(ref.at[here], smem.at[c], barrier)
 
 
 def _columns(ref: Any, shape: Any) -> jax.Array:

@@ -110,12 +110,13 @@ def await_count(counter: Any, value: Any) -> None:
 
 
 def count(counter: Any) -> None:
-    """Adds one to a number in global memory."""
+    """Adds one to a number in global memory, if one warp does it."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
     def signal(_, ref):
         semaphore = utils.SemaphoreRef(utils.memref_ptr(ref))
-        semaphore.signal(1, relaxed=True, memory_scope="gpu")
+        one = utils.single_thread_predicate(utils.ThreadSubset.WARP)
+        semaphore.signal(1, one, relaxed=True, memory_scope="gpu")
 
     signal(counter)
 

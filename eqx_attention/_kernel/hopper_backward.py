@@ -14,7 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .._mechanism.base import Request
-from .backward import Blocks, clean, Row, WARPGROUPS, Work
+from .backward import Blocks, clean, WARPGROUPS, Work
+from .backward_row import Added, Row
 from .hopper import fence, launch, opaque, smem, sync, THREADS
 from .terms import Place
 
@@ -43,10 +44,19 @@ def backward(
     assert chunks * q_chunks == WARPGROUPS, "a part of dq for each warpgroup"
     shape = (blocks.key, block)
 
+    def part_of(wg):
+        """Which queries of a tile's gradient a warpgroup computes, and which channels."""
+        return lax.div(wg, chunks), lax.rem(wg, chunks)
+
+    def piece(wg):
+        return tuple(pl.ds(n * _CHUNK, _CHUNK) for n in part_of(wg))
+
     def kernel(*refs):
         refs, scratch = work.refs(refs)
         k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem, *scratch = scratch
-        ds_smem, dq_smem, kv_ready, q_ready, dout_ready, q_free, dout_free = scratch
+        ds_smem, dq_smem, kv_ready, q_ready, dout_ready, *scratch = scratch
+        q_free, dout_free, *dq_barriers = scratch
+        added = Added(dq_smem, [piece], dq_barriers)
         row = Row(work, refs)
         wg = lax.axis_index("warpgroup")
 
@@ -64,7 +74,7 @@ def backward(
                 sync(_DONE, WARPGROUPS * THREADS)
 
             def over_queries(dk_acc, dv_acc):
-                def step(masked, n, turn):
+                def step(masked, n):
                     slot, dout_slot = lax.rem(n, stages), lax.rem(n, dout_stages)
                     buffer = lax.rem(n, 2)
                     head, first = row.queries(n)
@@ -73,7 +83,7 @@ def backward(
                     )
                     me = opaque(wg)
                     own = pl.ds(me * blocks.key, blocks.key)
-                    q_chunk, chunk = lax.div(me, chunks), lax.rem(me, chunks)
+                    q_chunk, chunk = part_of(me)
                     low, delta = lse_smem.at[slot], delta_smem.at[dout_slot]
 
                     def of_product(s_acc, dweights_acc):
@@ -86,17 +96,16 @@ def backward(
                         plgpu.wgmma(
                             dweights_acc, v_smem.at[0, own], dout_smem.at[dout_slot, 0].T
                         )
-                        after = row.take_turn(n, me, 1, turn)
                         product = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
                         weights = work.weights(at, product, low)
                         dropped = work.dropped(at, weights).astype(dtype)
                         plgpu.wgmma(dv_acc, dropped, dout_smem.at[dout_slot, 0])
                         dweights = plgpu.wgmma_accumulator_load(dweights_acc, wait_n=1)
                         ds = work.ds(at, product, weights, dweights, delta)
-                        return ds.astype(dtype), after
+                        return ds.astype(dtype)
 
                     tile = plgpu.WGMMAAccumulatorRef(shape, jnp.float32)
-                    ds, after = pl.run_scoped(of_product, tile, tile)
+                    ds = pl.run_scoped(of_product, tile, tile)
                     for c in range(q_chunks):
                         ds_smem[buffer, c, own] = ds[:, c * _CHUNK : (c + 1) * _CHUNK]
                     fence()
@@ -106,19 +115,15 @@ def backward(
                         plgpu.wgmma(dq_acc, ds_smem.at[buffer, q_chunk].T, k_smem.at[chunk])
                         plgpu.wgmma(dk_acc, ds, q_smem.at[slot, 0])
                         dq = plgpu.wgmma_accumulator_load(dq_acc, wait_n=1)
-                        queries = pl.ds(first + q_chunk * _CHUNK, _CHUNK)
-                        part = pl.ds(chunk * _CHUNK, _CHUNK)
-                        row.add(dq, dq_smem.at[wg], (queries, head, part))
+                        row.add(dq, added, 0, me, (head, first))
                         plgpu.wgmma_wait(0)
                         plgpu.barrier_arrive(q_free.at[slot])
                         plgpu.barrier_arrive(dout_free.at[dout_slot])
 
                     accumulator = plgpu.WGMMAAccumulatorRef((_CHUNK, _CHUNK), jnp.float32)
                     pl.run_scoped(of_tokens, accumulator)
-                    return after
 
-                row.for_tiles(step, row.turn(0, wg))
-                row.end_turns(wg)
+                row.for_tiles(step)
                 return dk_acc[...], dv_acc[...]
 
             dk, dv = pl.run_scoped(
@@ -146,6 +151,7 @@ def backward(
                 (k_smem, v_smem, kv_ready),
                 (q_smem, lse_smem, q_ready, q_free),
                 (dout_smem, delta_smem, dout_ready, dout_free),
+                added,
             )
 
     dk, dv = launch(

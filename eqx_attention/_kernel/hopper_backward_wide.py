@@ -5,6 +5,8 @@ has half of a head of them. So each computes the weights of half of a tile's que
 the two exchange them through shared memory. Otherwise as `hopper_backward.py`.
 """
 
+import functools as ft
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -13,7 +15,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .._axes import largest_divisor
 from .._mechanism.base import Request
-from .backward import Blocks, clean, Row, WARPGROUPS, Work
+from .backward import Blocks, clean, WARPGROUPS, Work
+from .backward_row import Added, Row
 from .hopper import fence, launch, opaque, smem, sync, THREADS
 from .terms import Place
 
@@ -41,11 +44,17 @@ def backward(
     piece = piece_of(head_dim)
     shape = (blocks.key, block // 2)
 
+    def channels(c, wg):
+        return pl.ds(0, block), pl.ds(wg * half + c * piece, piece)
+
+    pieces = [ft.partial(channels, c) for c in range(half // piece)]
+
     def kernel(*refs):
         refs, scratch = work.refs(refs)
         k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem, *scratch = scratch
         weights_smem, ds_smem, dq_smem, kv_ready, q_ready, dout_ready, *scratch = scratch
-        q_free, dout_free = scratch
+        q_free, dout_free, *dq_barriers = scratch
+        added = Added(dq_smem, pieces, dq_barriers)
         row = Row(work, refs)
         wg = lax.axis_index("warpgroup")
 
@@ -60,7 +69,7 @@ def backward(
                 sync(_DONE, WARPGROUPS * THREADS)
 
             def over_queries(dk_acc, dv_acc):
-                def step(masked, n, turn):
+                def step(masked, n):
                     slot, dout_slot = lax.rem(n, stages), lax.rem(n, dout_stages)
                     buffer = lax.rem(n, 2)
                     head, first = row.queries(n)
@@ -80,7 +89,6 @@ def backward(
                         for c in range(2):
                             dout_part = dout_smem.at[dout_slot, c, mine]
                             plgpu.wgmma(dweights_acc, v_smem.at[c], dout_part.T)
-                        after = row.take_turn(n, me, half // piece, turn)
                         product = plgpu.wgmma_accumulator_load(s_acc, wait_n=2)
                         weights = work.weights(at, product, low)
                         dropped = work.dropped(at, weights).astype(dtype)
@@ -88,10 +96,9 @@ def backward(
                         dweights = plgpu.wgmma_accumulator_load(dweights_acc, wait_n=0)
                         ds = work.ds(at, product, weights, dweights, delta)
                         ds_smem[buffer, :, mine] = ds.astype(dtype)
-                        return after
 
                     tile = plgpu.WGMMAAccumulatorRef(shape, jnp.float32)
-                    after = pl.run_scoped(of_product, tile, tile)
+                    pl.run_scoped(of_product, tile, tile)
                     fence()
                     sync(_WRITTEN, WARPGROUPS * THREADS)
                     plgpu.wgmma(
@@ -105,19 +112,15 @@ def backward(
                             if c == 0:
                                 plgpu.wgmma(dk_acc, ds_smem.at[buffer], q_smem.at[slot, me])
                             dq = plgpu.wgmma_accumulator_load(dq_acc, wait_n=int(c == 0))
-                            part = pl.ds(me * half + c * piece, piece)
-                            to = (pl.ds(first, block), head, part)
-                            row.add(dq, dq_smem.at[wg], to)
+                            row.add(dq, added, c, me, (head, first))
 
                         accumulator = plgpu.WGMMAAccumulatorRef((block, piece), jnp.float32)
                         pl.run_scoped(of_tokens, accumulator)
                     plgpu.wgmma_wait(0)
                     plgpu.barrier_arrive(dout_free.at[dout_slot])
                     plgpu.barrier_arrive(q_free.at[slot])
-                    return after
 
-                row.for_tiles(step, row.turn(0, wg))
-                row.end_turns(wg)
+                row.for_tiles(step)
                 return dk_acc[...], dv_acc[...]
 
             dk, dv = pl.run_scoped(
@@ -143,6 +146,7 @@ def backward(
                 (k_smem, v_smem, kv_ready),
                 (q_smem, lse_smem, q_ready, q_free),
                 (dout_smem, delta_smem, dout_ready, dout_free),
+                added,
             )
 
     def tiled(*shape):

@@ -15,13 +15,11 @@ from .._static import is_array
 
 class Table(NamedTuple):
     """For each (batch, key head, row of tiles): the tiles of the row that are not EMPTY,
-    those that are FULL first; how many are FULL; and how many there are; and for each of
-    those tiles, how many of its column are in rows before."""
+    those that are FULL first; how many are FULL; and how many there are."""
 
     columns: Int[Array, "#batch #head rows columns"]
     full: Int[Array, "#batch #head rows"]
     some: Int[Array, "#batch #head rows"]
-    before: Int[Array, "#batch #head rows columns"]
 
     def at(self, batch, kv_head, row) -> tuple:
         """Where a row's entries are."""
@@ -29,12 +27,32 @@ class Table(NamedTuple):
         return (0 if sizes[0] == 1 else batch, 0 if sizes[1] == 1 else kv_head, row)
 
 
-def table(request: Request, block_q: int, block_k: int, by_key: bool = False) -> Table:
+class Order(NamedTuple):
+    """What rows need to know that add to columns one after another.
+
+    Each goes through its columns from the last to the first, so that a row that began
+    later is behind the one before it, and need not wait: see `backwards`. For each (batch,
+    key head, row of tiles), so many tiles come before those that are FULL; and for each
+    tile, so many of its column are in rows before.
+    """
+
+    high: Int[Array, "#batch #head rows"]
+    before: Int[Array, "#batch #head rows columns"]
+
+
+def table(
+    request: Request,
+    block_q: int,
+    block_k: int,
+    by_key: bool = False,
+    in_order: bool = False,
+) -> tuple[Table, Order | None]:
     """**Arguments:**
 
     - `block_q`, `block_k`: how many queries and keys a tile has. The last one of a side
         may reach beyond the end: then it is never FULL along the keys.
     - `by_key`: whether a row is one of keys, and not of queries.
+    - `in_order`: whether rows add to columns one after another.
     """
     pairs = request.pairs
     q_len, kv_len = request.lengths
@@ -45,7 +63,7 @@ def table(request: Request, block_q: int, block_k: int, by_key: bool = False) ->
     )
     grid = Grid(counts, sizes, (q_len, kv_len), request.groups)
 
-    def build() -> Table:
+    def build() -> tuple[Table, Order | None]:
         found = kinds(request, grid, (False, False))
         if kv_len % block_k:
             found = Kinds(found.some, found.every.at[..., -1].set(False))
@@ -54,15 +72,32 @@ def table(request: Request, block_q: int, block_k: int, by_key: bool = False) ->
         # Each row computes a tile, also one that sees nothing: masked, that is harmless.
         none = ~found.some.any(-1)
         found = found._replace(some=found.some.at[..., 0].set(found.some[..., 0] | none))
-        columns, full, some = lists(found)
+        if not in_order:
+            return Table(*lists(found)), None
+        columns, high, full, some = backwards(found)
         there = found.some.astype(jnp.int32)
         before = jnp.cumsum(there, axis=2) - there
-        return Table(columns, full, some, jnp.take_along_axis(before, columns, -1))
+        before = jnp.take_along_axis(before, columns, -1)
+        return Table(columns, full, some), Order(high, before)
 
     if any(map(is_array, jax.tree.leaves((pairs.mask, pairs.q, pairs.kv)))):
         return build()
     with jax.ensure_compile_time_eval():
         return build()
+
+
+def backwards(kinds: Kinds) -> tuple[Array, Array, Array, Array]:
+    """Of each row: its tiles from the last to the first, but with no PARTIAL ones between
+    those that are FULL: they come after. Then how many are before those that are FULL (all
+    are after them if there are none), how many those are, and how many there are at all."""
+    size = kinds.some.shape[-1]
+    column = jnp.arange(size)[None, None, None, :]
+    last = jnp.where(kinds.every, column, -1).max(-1, keepdims=True)
+    low = jnp.where(kinds.every, 1, jnp.where((column > last) & (last >= 0), 0, 2))
+    rank = jnp.where(kinds.some | kinds.every, low, 3).astype(jnp.int8)
+    order = size - 1 - jnp.argsort(rank[..., ::-1], axis=-1, stable=True)
+    counts = ((rank == n).sum(-1, dtype=jnp.int32) for n in (0, 1))
+    return (order.astype(jnp.int32), *counts, (rank <= 2).sum(-1, dtype=jnp.int32))
 
 
 def never_masked(request: Request, block_k: int) -> bool:

@@ -53,7 +53,7 @@ class Flash(AbstractMechanism):
         """**Arguments:**
 
         - `reproducible`: whether gradients are the same, bit by bit, each time they are
-            computed, which takes longer. Default `False`.
+            computed. Under a causal mask that takes no longer. Default `False`.
         """
         self.reproducible = reproducible
 
