@@ -79,7 +79,8 @@ _FLOAT8 = """{
     setp.ne.b32 bad, n0, 0;
     @bad st.shared.b32 [$3 + TOKEN], 0x7fc00000;
 }"""
-_TWO_TO_120 = 0x7B807B80  # twice, in bfloat16
+# What each is given besides: 2 to the power of 120, twice, in bfloat16.
+_NUMBERS = {_INT8: (), _FLOAT8: (0x7B807B80,)}
 
 
 class Narrow(NamedTuple):
@@ -191,11 +192,10 @@ def widen(narrow: Any, wide: Any, scales: Any, transforms: tuple) -> None:
         def store(group, words):
             (_, target), _, offset, token = group
             words = [llvm.extractvalue(i32, words, [n]) for n in range(2)]
-            code = _FLOAT8.replace("TOKEN", str(token)) if float8 else _INT8
-            more = [flags, _i32(_TWO_TO_120)] if float8 else []
-            operands = [*words, target, *more]
+            code = _FLOAT8 if float8 else _INT8
+            operands = [*words, target, flags, *map(_i32, _NUMBERS[code])]
             constraints = ",".join("r" * len(operands))
-            code = code.replace("OFFSET", str(offset))
+            code = code.replace("OFFSET", str(offset)).replace("TOKEN", str(token))
             llvm.inline_asm(void, operands, code, constraints, has_side_effects=True)
 
         for n in range(0, len(groups), _AHEAD):

@@ -41,7 +41,9 @@ class Decode(AbstractMechanism):
     mask between them and the keys (a [`eqx_attention.Dense`][] one, for a tree of
     guesses). Gradients are those of [`eqx_attention.Blockwise`][]. On Hopper GPUs, a kernel
     computes all splits at once, and gradients are those of [`eqx_attention.Flash`][],
-    where that supports the call.
+    where that supports the call. Of keys in stored form, it reads pages of a multiple of 64
+    tokens, and 8 bits that stand for bfloat16 with scales in float32, both of a multiple of
+    64 channels.
 
     ??? cite
 
