@@ -7,12 +7,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.experimental.mosaic.gpu import FragmentedArray, utils
+from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import arith, llvm
 
 from .._keys import Paged, Quantized
 from .hopper import THREADS, whole_rows
@@ -20,8 +19,6 @@ from .hopper import THREADS, whole_rows
 
 # Channels of a tile of the matrix units' shared memory, and tokens of a tile of keys.
 CHANNELS = TOKENS = 64
-_ONE_EACH = plgpu.Layout.WG_STRIDED((2 * TOKENS,), vec_size=1)
-_SCALAR = plgpu.Layout.WG_SPLAT(())
 # So many groups of 8 numbers does a thread load before it stores the first.
 _AHEAD = 8
 
@@ -206,20 +203,19 @@ def widen(narrow: Any, wide: Any, scales: Any, transforms: tuple) -> None:
     convert(narrow, wide, scales)
 
 
-def fetch_scales(key_: tuple, value: tuple, head: Any) -> jax.Array:
-    """Those of a tile's keys, and then those of its values: one a thread of a warpgroup.
-    They are waited for when they are used.
+def fetch_scales(to: Any, key_: tuple, value: tuple, head: Any) -> None:
+    """Starts to copy those of a tile's keys, and then those of its values, into shared
+    memory: one a thread of a warpgroup.
 
     `key_` and `value` are each the scales of a batch element or of a page, `(tokens,
     heads)`, in global memory, and the first token. Beyond the end, the last one is read.
     """
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), _SCALAR, plgpu.RefType(), _SCALAR, _SCALAR),
-        return_type=plgpu.ShapeDtypeStruct((2 * TOKENS,), jnp.float32, layout=_ONE_EACH),
+        arg_types=(*3 * (plgpu.RefType(),), *3 * (plgpu.Layout.WG_SPLAT(()),))
     )
-    def load(_, key_, k_first, value, v_first, head):
-        i64, f32 = ir.IntegerType.get_signless(64), ir.F32Type.get()
+    def copy(_, to, key_, value, k_first, v_first, head):
+        i64, void = ir.IntegerType.get_signless(64), ir.Type.parse("!llvm.void")
         thread = _thread()
         is_key = arith.cmpi(arith.CmpIPredicate.ult, thread, _i32(TOKENS))
 
@@ -232,38 +228,26 @@ def fetch_scales(key_: tuple, value: tuple, head: Any) -> jax.Array:
             width = arith.constant(i64, 4)
             return arith.addi(start, arith.muli(arith.extui(i64, place), width))
 
-        at = arith.select(is_key, address(key_, k_first), address(value, v_first))
-        code = "ld.global.nc.f32 $0, [$1];"
-        found: Any = llvm.inline_asm(f32, [at], code, "=f,l", has_side_effects=True)
-        register = vector.broadcast(ir.VectorType.get((1,), f32), found)
-        return _registers(register)
+        source = arith.select(is_key, address(key_, k_first), address(value, v_first))
+        target = arith.addi(_address(to), arith.muli(thread, _i32(4)))
+        code = "cp.async.ca.shared.global [$0], [$1], 4; cp.async.commit_group;"
+        llvm.inline_asm(void, [target, source], code, "r,l", has_side_effects=True)
 
-    (key_ref, k_first), (value_ref, v_first) = key_, value
-    k_first, v_first, head = (jnp.asarray(x, jnp.int32) for x in (k_first, v_first, head))
-    return load(key_ref, k_first, value_ref, v_first, head)
-
-
-def _registers(register: Any) -> FragmentedArray:
-    registers = np.empty((1,), object)
-    registers[0] = register
-    layout: Any = _ONE_EACH.to_mgpu()
-    return FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+    (k_ref, k_first), (v_ref, v_first) = key_, value
+    numbers = (jnp.asarray(x, jnp.int32) for x in (k_first, v_first, head))
+    copy(to, k_ref, v_ref, *numbers)
 
 
-def store_scales(ref: Any, scales: jax.Array) -> None:
-    """Into shared memory, what `fetch_scales` gave."""
+def await_scales(later: int) -> None:
+    """Waits for what this thread fetched, but for the last few (`later`) times."""
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _ONE_EACH))
-    def store(_, ref, scales):
+    @plgpu.inline_mgpu()
+    def wait(_):
         void = ir.Type.parse("!llvm.void")
-        at = arith.addi(_address(ref), arith.muli(_thread(), _i32(4)))
-        number = vector.extract(
-            scales.registers[0], dynamic_position=[], static_position=[0]
-        )
-        code = "st.shared.f32 [$0], $1;"
-        llvm.inline_asm(void, [at, number], code, "r,f", has_side_effects=True)
+        code = f"cp.async.wait_group {later};"
+        llvm.inline_asm(void, [], code, "", has_side_effects=True)
 
-    store(ref, scales)
+    wait()
 
 
 def place_of_scales(ref: Any, pages: Sequence[Any], b: Any, first: Any) -> tuple[Any, Any]:

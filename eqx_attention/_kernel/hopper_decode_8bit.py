@@ -21,10 +21,10 @@ from .._axes import ceil_div
 from .._mechanism.base import Request
 from .._score import ALiBi, SoftCap
 from .eight_bits import (
+    await_scales,
     fetch_scales,
     Narrow,
     place_of_scales,
-    store_scales,
     TOKENS,
     widen,
 )
@@ -50,8 +50,9 @@ from .terms import folded_scale, keep_fn, logit_fn, Place, terms_of, visible_fn
 # Of the 16 named barriers of a block, Mosaic GPU uses the first ones.
 _DONE = 8
 _ROWS = 64
-# What it takes to start a row, in tiles; bytes that tiles may take; and the fewest tiles of
-# a warpgroup that are on their way.
+# Of so many tiles does a warpgroup have scales: of one that it computes, and the next two.
+_AHEAD = 3
+# What it takes to start a row, in tiles; and bytes that tiles may take.
 _START = 4
 _SHARED = 225 * 1024
 
@@ -76,7 +77,7 @@ def blocks_for(head_dim: int, value_dim: int) -> Blocks8:
     """As many warpgroups as there is room for, with at least two tiles each."""
     both, wider = head_dim + value_dim, max(head_dim, value_dim)
     free = _SHARED - 2 * _ROWS * head_dim
-    stage, own = TOKENS * both, 4 * _ROWS * wider + 5 * 1024 // 4
+    stage, own = TOKENS * both, 4 * _ROWS * wider + 2048
     for warpgroups in (3, 2, 1):
         stages = (free // warpgroups - own) // stage
         if stages >= 2 and (warpgroups < 3 or wider <= 128):
@@ -179,12 +180,13 @@ def forward_8bit(
             def key_after(j):
                 return key_of(jnp.minimum(j, mine - 1))
 
-            def scales_of(k_base):
+            def fetch(j, k_base):
                 key_ = place_of_scales(ks_ref, k_pages, b, k_base)
-                return fetch_scales(key_, place_of_scales(vs_ref, v_pages, b, k_base), h)
+                value = place_of_scales(vs_ref, v_pages, b, k_base)
+                fetch_scales(scales.at[wg, lax.rem(j, _AHEAD)], key_, value, h)
 
             def scales_at(j):
-                at = lax.rem(j, 2)
+                at = lax.rem(j, _AHEAD)
                 return scales.at[wg, at, 0], scales.at[wg, at, 1]
 
             def operand(which, channels):
@@ -240,23 +242,23 @@ def forward_8bit(
                 return scaled.astype(dtype), new, total, decay
 
             def one(masked, j, carry):
-                out, top, total, ahead, next_key = carry
+                out, top, total, ahead = carry
                 # All have converted its keys, and read the values of the last one.
                 plgpu.commit_smem()
 
                 def product(acc):
                     plgpu.wgmma(acc, q_smem, operand(0, head_dim).T)
-                    store_scales(scales.at[wg, lax.rem(j + 1, 2)], ahead)
+                    fetch(j + 2, ahead)
                     later = key_after(j + 3)
                     loaded = loads(masked, j)
                     widen_values(j)
+                    await_scales(1)
                     return acc[...], loaded, later
 
                 accumulator = plgpu.WGMMAAccumulatorRef(shape, jnp.float32)
-                products, loaded, later = pl.run_scoped(product, accumulator)
+                products, loaded, ahead = pl.run_scoped(product, accumulator)
                 # All have converted its values, and read its keys.
                 plgpu.commit_smem()
-                ahead = scales_of(next_key)
                 weights, top, total, decay = softmax(
                     masked, j, products, loaded, top, total
                 )
@@ -272,7 +274,7 @@ def forward_8bit(
                 out = pl.run_state(attended)(plgpu.WGMMAAccumulatorRef.init(out))
                 # Until here the weights are read, which the compiler does not know.
                 out, _ = lax.optimization_barrier((out, weights))
-                return out, top, total, ahead, later
+                return out, top, total, ahead
 
             empty = (
                 full((_ROWS, value_dim), 0.0, TILE),
@@ -281,15 +283,17 @@ def forward_8bit(
             )
 
             def attend():
-                store_scales(scales.at[wg, 0], scales_of(key_of(0)))
-                ahead = scales_of(key_after(1))
+                fetch(0, key_of(0))
+                fetch(1, key_after(1))
+                await_scales(1)
                 plgpu.commit_smem()
                 widen_keys(0)
-                carry = (*empty, ahead, key_after(2))
+                carry = (*empty, key_after(2))
                 unmasked = own(wg, whole)
                 carry = lax.fori_loop(0, unmasked, ft.partial(one, False), carry)
                 if may_mask:
                     carry = lax.fori_loop(unmasked, mine, ft.partial(one, True), carry)
+                await_scales(0)
                 return carry[:3]
 
             plgpu.barrier_wait(q_ready)
@@ -369,7 +373,7 @@ def forward_8bit(
             smem((_ROWS, head_dim), dtype),
             plgpu.SMEM((warpgroups * stages, TOKENS, head_dim), k.values.dtype),
             plgpu.SMEM((warpgroups * stages, TOKENS, value_dim), v.values.dtype),
-            plgpu.SMEM((warpgroups, 2, 2, TOKENS), jnp.float32),
+            plgpu.SMEM((warpgroups, _AHEAD, 2, TOKENS), jnp.float32),
             plgpu.SMEM((warpgroups, _ROWS), jnp.float32),
             plgpu.Barrier(),
             ready,
