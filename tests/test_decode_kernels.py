@@ -42,12 +42,15 @@ def _lowers(decoding, name):
     query, stored, _ = jax.eval_shape(lambda: decoding.tokens_of(name, 0))
 
     def attend(query, stored):
-        assert decoding.in_a_kernel(query, stored, options)
+        if NEW:
+            assert decoding.in_a_kernel(query, stored, options)
+        else:
+            request = on_hopper(make_request(query, *stored))
+            assert "it needs jax 0.11" in eqa.Decode().explain(request)
         return eqa.attend(query, *stored, mechanism="decode", **options)
 
     if not NEW:
-        request = make_request(query, *stored)
-        assert "jax" in eqa.Decode().explain(on_hopper(request))
+        jax.eval_shape(attend, query, stored)
         return
     lowered = jax.jit(attend).trace(query, stored)
     text = lowered.lower(lowering_platforms=("cuda",)).as_text()
