@@ -2,11 +2,11 @@
 
     python benchmarks/gpu_check.py --out gpu.json
 
-What is checked and what is timed is in `gpu/cases.py`. Each case of correctness runs in a
-process of its own, several at a time, as most of it is compiling: `gpu/correctness.py`.
-Then our kernels, cuDNN (through `jax.nn`) and, where they can be imported, PyTorch's
-FlexAttention and tokamax are timed in turn, in rounds: `gpu/timings.py`. The JSON is
-written anew after each row.
+What is checked and what is timed is in `gpu/cases.py` and, of decoding, `gpu/decoding.py`.
+Each case of correctness runs in a process of its own, several at a time, as most of it is
+compiling: `gpu/correctness.py`. Then our kernels, cuDNN (through `jax.nn`) and, where they
+can be imported, PyTorch's FlexAttention and tokamax are timed in turn, in rounds:
+`gpu/timings.py`. The JSON is written anew after each row.
 """
 
 import argparse

@@ -1,4 +1,5 @@
-"""Each case of `SUPPORT` on each mechanism, against `Vanilla` in float32.
+"""Each case of `SUPPORT` on each mechanism, against `Vanilla` in float32; and those of
+decoding, in `decoding.py`.
 
 At the highest precision, on fresh random data each time; twice, so that a race shows; and
 on memory that held NaN before, so that what is not written shows.
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from . import decoding
 from .cases import BOTH, MECHANISMS, operands, REPRODUCIBLE, SUPPORT
 
 
@@ -115,10 +117,12 @@ def correctness(workers: int, only: str) -> list[dict[str, Any]]:
             elif found:
                 cases.append((name, mechanism))
         cases += [(name, mechanism) for mechanism in able if mechanism not in BOTH]
+    decoded = [(name, decoding.DECODE) for name in decoding.ALL if only in name]
     context = multiprocessing.get_context("spawn")
     pool = futures.ProcessPoolExecutor(workers, mp_context=context)
     with _without_autotuning(), pool:
         jobs = {pool.submit(check, *case): case for case in cases}
+        jobs |= {pool.submit(decoding.check, case[0]): case for case in decoded}
         for job in futures.as_completed(jobs):
             error = job.exception()
             if error is None:

@@ -1,5 +1,6 @@
-"""Few queries over many keys, on Hopper: the forward kernel, with all query heads that read
-one key head in the rows of one tile, and with the keys of each row in several splits."""
+"""Few queries over many keys, on Hopper: a kernel with all query heads that read one key
+head in the rows of one tile, and with the keys of each row in several splits. It is the
+forward kernel, or, for keys in 8 bits, one of their own."""
 
 from jaxtyping import Array
 
@@ -8,10 +9,13 @@ from .._device import num_multiprocessors
 from .._mechanism.base import Request
 from .._mechanism.packed import packed, unpacked
 from .._partial import merge_stacked
+from .eight_bits import in_8_bits
+from .hopper_decode_8bit import Blocks8, blocks_for, forward_8bit
 from .hopper_forward import Blocks, forward
 
 
-# A split has at least so many tiles of keys, and of all multiprocessors so many are busy.
+# A split has at least so many tiles of keys for each warpgroup that has tiles of its own,
+# and of all multiprocessors so many are busy.
 _TILES, _BUSY = 4, 0.95
 
 
@@ -21,13 +25,18 @@ def decode(request: Request, num_splits: int | None) -> tuple[Array, Array]:
     blocks = blocks_of(rows)
     tiles = ceil_div(request.lengths[1], blocks.key)
     splits = min(num_splits, tiles) if num_splits else splits_of(rows, blocks)
-    out, lse = forward(rows, blocks, splits)
-    out, lse = (x.reshape(splits, batch, *x.shape[1:]) for x in (out, lse))
+    if isinstance(blocks, Blocks8):
+        out, lse = forward_8bit(rows, blocks, splits)
+    else:
+        out, lse = forward(rows, blocks, splits)
+    out, lse = (x.reshape(-1, batch, *x.shape[1:]) for x in (out, lse))
     return unpacked(request, *merge_stacked(out, lse))
 
 
-def blocks_of(request: Request) -> Blocks:
-    """One warpgroup computes, and as many keys as there is room for are on their way."""
+def blocks_of(request: Request) -> Blocks | Blocks8:
+    """As many keys as there is room for are on their way; of 16 bits, to one warpgroup."""
+    if in_8_bits(request.key_):
+        return blocks_for(request.query.shape[-1], request.value.shape[-1])
     both = request.query.shape[-1] + request.value.shape[-1]
     blocks = Blocks(64, 64, 2, 1)
     free = 190 * 1024 - 4 * blocks.rows * both
@@ -35,12 +44,12 @@ def blocks_of(request: Request) -> Blocks:
     return blocks._replace(stages=min(6, max(2, stages)))
 
 
-def splits_of(request: Request, blocks: Blocks) -> int:
+def splits_of(request: Request, blocks: Blocks | Blocks8) -> int:
     """The fewest splits with which nearly all multiprocessors are busy."""
     batch, q_len, heads, _ = request.query.shape
     pieces = batch * heads * ceil_div(q_len, blocks.rows)
     programs = num_multiprocessors()
-    most = max(1, request.lengths[1] // (_TILES * blocks.key))
+    most = max(1, request.lengths[1] // (_TILES * blocks.key * blocks.warpgroups))
 
     def busy(splits: int) -> float:
         rounds = ceil_div(pieces * splits, programs)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from .._keys import Paged
+from .._keys import Paged, Quantized
 from .hopper import whole_rows
 
 
@@ -21,15 +21,21 @@ def stored(x: Any) -> tuple[Any, list[jax.Array]]:
     return x.pool, [jnp.clip(x.table.astype(jnp.int32), 0, last)]
 
 
-def pages_fit(x: Any, tokens: int = 64, channels: int = 64) -> bool:
-    """Whether tiles of so many tokens lie in one page each, as the copy engine needs it."""
-    return (
-        isinstance(x, Paged)
-        and isinstance(x.pool, jax.Array)
-        and x.page_size % tokens == 0
-        and x.shape[-1] % channels == 0
-        and x.dtype == x.pool.dtype
-    )
+def unfit(name: str, x: Any, tokens: int = 64, channels: int = 64) -> tuple[str, ...]:
+    """Why the copy engine does not read these pages, if it does not: tiles of so many
+    tokens must lie in one page each."""
+    if not isinstance(x, Paged):
+        return (f"{name} would have to be in pages too",)
+    reasons, pool = [], x.pool
+    if isinstance(pool, Quantized):
+        return (f"{name} would have to be in 16 bits too",)
+    if x.page_size % tokens:
+        reasons.append(f"{name} has pages of {x.page_size} tokens, no multiple of {tokens}")
+    if x.shape[-1] % channels:
+        reasons.append(f"{name} has {x.shape[-1]} channels, no multiple of {channels}")
+    if x.dtype != pool.dtype:
+        reasons.append(f"{name} stands for {x.dtype}, and its pages are {pool.dtype}")
+    return tuple(reasons)
 
 
 def place_of_keys(ref: Any, pages: Sequence[Any], b: Any, first: Any, size: int) -> tuple:

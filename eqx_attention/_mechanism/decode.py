@@ -41,7 +41,9 @@ class Decode(AbstractMechanism):
     mask between them and the keys (a [`eqx_attention.Dense`][] one, for a tree of
     guesses). Gradients are those of [`eqx_attention.Blockwise`][]. On Hopper GPUs, a kernel
     computes all splits at once, and gradients are those of [`eqx_attention.Flash`][],
-    where that supports the call.
+    where that supports the call. Of keys in stored form, it reads pages of a multiple of 64
+    tokens, and 8 bits that stand for bfloat16 with scales in float32, both of a multiple of
+    64 channels.
 
     ??? cite
 
@@ -92,7 +94,7 @@ class Decode(AbstractMechanism):
     ) -> tuple[
         Float[Array, "batch q_len q_heads value_dim"], Float[Array, "batch q_len q_heads"]
     ]:
-        if _has_kernel(request):
+        if not _without_kernel(request):
             from .._kernel.hopper_decode import decode
 
             stored = is_stored(request.key_, request.value)
@@ -150,11 +152,13 @@ class Decode(AbstractMechanism):
         return Blockwise().blocks(request)
 
     def explain(self, request: Request) -> str:
-        if _has_kernel(request):
+        reasons = _without_kernel(request)
+        if not reasons:
             return "decode: the keys of each head in splits, in a kernel for Hopper"
         sizes = self._splits(request)
         splits = grid(request, sizes).counts.key
-        return f"decode: {splits} splits of {sizes.key} keys × {sizes.batch} batch elements"
+        text = f"decode: {splits} splits of {sizes.key} keys × {sizes.batch} batch elements"
+        return f"{text}; in no kernel: {', '.join(reasons)}"
 
     def _splits(self, request: Request) -> Blocks:
         batch, kv_len, heads, head_dim = request.key_.shape
@@ -171,18 +175,21 @@ class Decode(AbstractMechanism):
         return Blocks(batch, heads, q_len, run)
 
 
-def _has_kernel(request: Request) -> bool:
-    """Whether the kernels of `Flash` compute this, with heads for rows."""
-    if request.platform != "gpu" or _has_table_of_heads(request):
-        return False
+def _without_kernel(request: Request) -> tuple[str, ...]:
+    """Why no kernel computes this, with heads for rows; nothing if one does."""
+    if _has_table_of_heads(request):
+        return ("the tiles of its mask were counted for each head",)
     # There, what belongs to a head belongs to a row, and not every lookup can follow.
-    if kernels_unsupported(eqx.filter_eval_shape(packed, request)):
-        return False
+    if reasons := kernels_unsupported(eqx.filter_eval_shape(packed, request)):
+        return reasons
     if not is_stored(request.key_, request.value):
-        return True
-    from .._kernel.pages import pages_fit
+        return ()
+    from .._kernel import eight_bits, pages
 
-    return pages_fit(request.key_) and pages_fit(request.value)
+    both = {"key_": request.key_, "value": request.value}
+    narrow = any(map(eight_bits.in_8_bits, both.values()))
+    unfit = eight_bits.unfit if narrow else pages.unfit
+    return sum((unfit(name, x) for name, x in both.items()), ())
 
 
 def _has_table_of_heads(request: Request) -> bool:
