@@ -15,7 +15,7 @@ from .._axes import ceil_div
 from .._mechanism.base import Request
 from .hopper import along, COLUMN, LOG2E, whole_rows
 from .schedule import place_of, section
-from .tables import never_masked, table
+from .tables import never_masked, table, table_in_order
 from .terms import AtTile, folded_scale, keep_fn, logit_fn, Place, terms_of, visible_fn
 
 
@@ -77,7 +77,6 @@ class Work:
         batch, q_len, heads, _ = request.query.shape
         self.kv_heads = request.key_.shape[2]
         self.num_rows = ceil_div(request.lengths[1], rows)
-        self.tiles, order = table(request, blocks.query, rows, True, blocks.in_order)
         folded = folded_scale(request.pairs)
         self.scale = 1.0 if folded is None else folded
         # Queries beyond the end see nothing, but a score may make NaN of them.
@@ -110,12 +109,15 @@ class Work:
         self.order: list[Any] = []
         # Whether there may be rows that begin with tiles that are not FULL.
         self.high = False
-        if order is not None:
+        if blocks.in_order:
+            self.tiles, order = table_in_order(request, blocks.query, rows)
+            unknown = isinstance(order.high, Tracer)
+            self.high = unknown or bool(np.asarray(order.high).any())
             # Of each tile of dq, how many were added.
             counts = (batch, heads, ceil_div(q_len, blocks.query))
             self.order = [*order, jax.new_ref(jnp.zeros(counts, jnp.int32))]
-            unknown = isinstance(order.high, Tracer)
-            self.high = unknown or bool(np.asarray(order.high).any())
+        else:
+            self.tiles = table(request, blocks.query, rows, by_key=True)
         # A row waits for those before it: few are to be computed at once.
         side_by_side = section(request, _SIDE_BY_SIDE if blocks.in_order else 1)
         self.place = place_of(batch, self.kv_heads, self.num_rows, side_by_side)

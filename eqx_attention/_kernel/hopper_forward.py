@@ -79,7 +79,7 @@ def forward(
     groups, dtype, result = request.groups, q.dtype, request.result_dtype
     stages, warpgroups = blocks.stages, blocks.warpgroups
     rows = ceil_div(q_len, blocks.rows)
-    tiles, _ = table(request, blocks.rows, blocks.key)
+    tiles = table(request, blocks.rows, blocks.key)
     scale = folded_scale(request.pairs)
     may_mask = not never_masked(request, blocks.key)
     terms = terms_of(

@@ -1,6 +1,7 @@
 """Which tiles a kernel computes, by the summaries of the mask."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,9 @@ from .._mask import Full
 from .._mechanism.base import Blocks, Request
 from .._mechanism.plan import Grid, Kinds, kinds, lists
 from .._static import is_array
+
+
+T = TypeVar("T")
 
 
 class Table(NamedTuple):
@@ -40,20 +44,40 @@ class Order(NamedTuple):
     before: Int[Array, "#batch #head rows columns"]
 
 
-def table(
-    request: Request,
-    block_q: int,
-    block_k: int,
-    by_key: bool = False,
-    in_order: bool = False,
-) -> tuple[Table, Order | None]:
+def table(request: Request, block_q: int, block_k: int, by_key: bool = False) -> Table:
     """**Arguments:**
 
     - `block_q`, `block_k`: how many queries and keys a tile has. The last one of a side
         may reach beyond the end: then it is never FULL along the keys.
     - `by_key`: whether a row is one of keys, and not of queries.
-    - `in_order`: whether rows add to columns one after another.
     """
+
+    def build(found: Kinds) -> Table:
+        return Table(*lists(found))
+
+    return _of_kinds(build, request, block_q, block_k, by_key)
+
+
+def table_in_order(request: Request, block_q: int, block_k: int) -> tuple[Table, Order]:
+    """As `table`, by key, for rows that add to columns one after another."""
+
+    def build(found: Kinds) -> tuple[Table, Order]:
+        columns, high, full, some = backwards(found)
+        there = found.some.astype(jnp.int32)
+        before = jnp.cumsum(there, axis=2) - there
+        before = jnp.take_along_axis(before, columns, -1)
+        return Table(columns, full, some), Order(high, before)
+
+    return _of_kinds(build, request, block_q, block_k, True)
+
+
+def _of_kinds(
+    build: Callable[[Kinds], T],
+    request: Request,
+    block_q: int,
+    block_k: int,
+    by_key: bool,
+) -> T:
     pairs = request.pairs
     q_len, kv_len = request.lengths
     heads = request.key_.shape[2]
@@ -63,7 +87,7 @@ def table(
     )
     grid = Grid(counts, sizes, (q_len, kv_len), request.groups)
 
-    def build() -> tuple[Table, Order | None]:
+    def built() -> T:
         found = kinds(request, grid, (False, False))
         if kv_len % block_k:
             found = Kinds(found.some, found.every.at[..., -1].set(False))
@@ -71,19 +95,13 @@ def table(
             found = Kinds(*(x.swapaxes(2, 3) for x in found))
         # Each row computes a tile, also one that sees nothing: masked, that is harmless.
         none = ~found.some.any(-1)
-        found = found._replace(some=found.some.at[..., 0].set(found.some[..., 0] | none))
-        if not in_order:
-            return Table(*lists(found)), None
-        columns, high, full, some = backwards(found)
-        there = found.some.astype(jnp.int32)
-        before = jnp.cumsum(there, axis=2) - there
-        before = jnp.take_along_axis(before, columns, -1)
-        return Table(columns, full, some), Order(high, before)
+        some = found.some.at[..., 0].set(found.some[..., 0] | none)
+        return build(found._replace(some=some))
 
     if any(map(is_array, jax.tree.leaves((pairs.mask, pairs.q, pairs.kv)))):
-        return build()
+        return built()
     with jax.ensure_compile_time_eval():
-        return build()
+        return built()
 
 
 def backwards(kinds: Kinds) -> tuple[Array, Array, Array, Array]:
