@@ -1,6 +1,9 @@
 """From equinox's layer to ours, and the names that others have for mechanisms."""
 
 import enum
+import inspect
+import pathlib
+import re
 
 import equinox as eqx
 import eqx_attention as eqa
@@ -91,7 +94,7 @@ def test_all_is_kept():
         ours = eqa.from_equinox(theirs)
         assert _same(jax.tree.leaves(ours), jax.tree.leaves(theirs))
         for field, value in vars(theirs).items():
-            assert getattr(ours, field) == value or field.endswith("proj"), field
+            assert field.endswith("proj") or getattr(ours, field) == value, field
         assert ours.num_kv_heads == 3
         assert ours.attention.dropout == 0.3
         assert ours.attention.inference is (name == "key")
@@ -263,3 +266,50 @@ def test_old_names_elsewhere():
     sources = "vanilla_attention flash_attn2 blockwise_attn sdpa cudnn_flash_attn2 "
     sources += "ring_attention splash_attention vanilla ring blockwise cudnn"
     assert all(old in named or old in MECHANISMS for old in sources.split())
+
+
+# The arguments of EasyDeL's module in all its versions, which are on no package index.
+_EASYDEL = """mesh attn_mechanism sm_scale softmax_scale num_attention_heads num_q_heads
+    num_kv_heads head_dims block_k block_q block_b blocksize_k blocksize_q blocksize_b
+    block_k_major block_q_major_dkv block_k_major_dkv block_k_dkv block_q_dkv
+    block_k_major_dq block_k_dq block_q_dq partition_axis batch_axis head_axis sequence_axis
+    query_sequence_axis key_sequence_axis attention_dim_axis hidden_state_axis
+    bias_head_sequence_axis bias_key_sequence_axis generation_query_sequence_axis
+    generation_key_sequence_axis generation_head_axis generation_attention_dim_axis
+    scan_ring_attention scan_attention_layers attention_dropout dropout_prob dtype precision
+    force_float32_tpu shard_attention_computation use_sharding_constraint axis_name platform
+    backend backward_pass_impl base_config base_module_class rngs requires_cache _do_check
+    query_states key_states value_states query_sequence_length key_value_sequence_length
+    bias attention_mask segment_ids causal deterministic dropout_rng uses_cache causal_mask
+    mode mask_info sliding_window cache_metadata cache_view init_bias softmax_aux
+    logits_soft_cap prevent_cse cum_seqlens_q cum_seqlens_k normalize_output fused_backward
+    compute_dtype optimized mask_value vmem_limit_bytes policy"""
+
+
+def test_page_has_a_row_for_each_argument():
+    page = pathlib.Path(__file__).parent.parent / "docs" / "migrating.md"
+    sections = re.split(r"^##+ ", page.read_text(), flags=re.MULTILINE)
+    rows = {}
+    for section in sections:
+        cells = re.findall(r"^\| (.*?) \| .* \|$", section, re.MULTILINE)
+        names = [re.findall(r"`([\w.]+)", cell) for cell in cells]
+        rows[section.splitlines()[0].split()[-1]] = {n for row in names for n in row}
+
+    def missing(section, names):
+        return set(names) - rows[section] - {"self"}
+
+    def arguments(fn):
+        return inspect.signature(fn).parameters
+
+    layer = eqx.nn.MultiheadAttention
+    assert (
+        missing("jax.nn.dot_product_attention", arguments(jax.nn.dot_product_attention))
+        == set()
+    )
+    assert missing("eqx.nn.MultiheadAttention", arguments(layer.__init__)) == set()
+    assert missing("eqx.nn.MultiheadAttention", arguments(layer.__call__)) == set()
+    assert missing("FlexibleAttentionModule", _EASYDEL.split()) == set()
+    names = page.read_text().partition("### Names of mechanisms")[2]
+    for ours, theirs in ELSEWHERE.items():
+        row = re.search(rf'^\| `"{ours}"` \| (.*) \|$', names, re.MULTILINE)
+        assert set(theirs) <= set(re.findall(r"`(\w+)`", row[1])), ours
