@@ -312,4 +312,5 @@ def test_page_has_a_row_for_each_argument():
     names = page.read_text().partition("### Names of mechanisms")[2]
     for ours, theirs in ELSEWHERE.items():
         row = re.search(rf'^\| `"{ours}"` \| (.*) \|$', names, re.MULTILINE)
+        assert row is not None
         assert set(theirs) <= set(re.findall(r"`(\w+)`", row[1])), ours
