@@ -35,6 +35,7 @@ from ._layers import (
     AbstractRotaryScaling as AbstractRotaryScaling,
     blockwise as blockwise,
     FeedForward as FeedForward,
+    from_equinox as from_equinox,
     LinearScaling as LinearScaling,
     Llama3Scaling as Llama3Scaling,
     MultiheadAttention as MultiheadAttention,

@@ -9,7 +9,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.sharding import Mesh
 
-from ._distributed import as_sharding, check_mesh, MECHANISMS, Shards
+from ._distributed import as_sharding, check_mesh, check_name, MECHANISMS, Shards
 from ._dropout import check_rate
 from ._errors import ShapeError
 from ._mask import AbstractMask, Dense, Full
@@ -34,14 +34,10 @@ def check_options(options: Any) -> None:
 def as_mechanism(mechanism: Any) -> AbstractMechanism:
     if isinstance(mechanism, AbstractMechanism):
         return mechanism
-    names = ", ".join(map(repr, MECHANISMS))
     if not isinstance(mechanism, str):
-        got = type(mechanism).__name__
+        names, got = ", ".join(map(repr, MECHANISMS)), type(mechanism).__name__
         raise TypeError(f"mechanism: expected one of {names}, or a module; got {got}.")
-    if mechanism not in MECHANISMS:
-        raise ValueError(
-            f"mechanism: expected one of {names}, or a module; got {mechanism!r}."
-        )
+    check_name("mechanism", mechanism)
     return MECHANISMS[mechanism]()
 
 

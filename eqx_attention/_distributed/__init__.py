@@ -11,5 +11,5 @@ from .sharding import (
     Shards as Shards,
     shards_of as shards_of,
 )
-from .table import MECHANISMS as MECHANISMS
+from .table import check_name as check_name, MECHANISMS as MECHANISMS
 from .ulysses import Ulysses as Ulysses

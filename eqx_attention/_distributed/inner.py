@@ -10,16 +10,13 @@ def as_inner(inner: str | AbstractMechanism) -> AbstractMechanism:
 
 
 def check_inner(name: str, inner: str | AbstractMechanism) -> None:
-    from .table import MECHANISMS
+    from .table import check_name, MECHANISMS
 
-    names = ", ".join(map(repr, MECHANISMS))
-    if not isinstance(inner, str | AbstractMechanism):
-        got = type(inner).__name__
+    if isinstance(inner, str):
+        check_name(f"{name}(inner)", inner)
+    elif not isinstance(inner, AbstractMechanism):
+        names, got = ", ".join(map(repr, MECHANISMS)), type(inner).__name__
         raise TypeError(f"{name}(inner): expected one of {names}, or a module; got {got}.")
-    if isinstance(inner, str) and inner not in MECHANISMS:
-        raise ValueError(
-            f"{name}(inner): expected one of {names}, or a module; got {inner!r}."
-        )
 
 
 def not_split(request: Request) -> tuple[str, ...]:
