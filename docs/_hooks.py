@@ -40,6 +40,7 @@ _GENERATED = {
     "gpu": ft.partial(_of_benchmarks, "markdown_of_results"),
     "gpus": ft.partial(_of_benchmarks, "markdown_of_gpus"),
     "decode": ft.partial(_of_benchmarks, "markdown_of_decoding"),
+    "nsight": ft.partial(_of_benchmarks, "markdown_of_nsight"),
 }
 
 

@@ -124,7 +124,9 @@ def decode() -> str:
 def context_parallel() -> str:
     """Efficiency over length, a chart for each mask, number of GPUs and pass."""
     charts: dict[str, dict[str, dict[float, float]]] = {}
-    reports = [json.loads(p.read_text()) for p in sorted(_RESULTS.glob("context_par*.json"))]
+    reports = [
+        json.loads(p.read_text()) for p in sorted(_RESULTS.glob("context_par*.json"))
+    ]
     for report in reports:
         for row in report["rows"]:
             if "efficiency" in row and row["strategy"] != "auto":
