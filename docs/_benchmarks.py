@@ -19,6 +19,7 @@ _NAMES = {
     "tokamax": "tokamax",
     "flex": "FlexAttention",
 }
+_DOT = "\u00a0·\u00a0"  # at which no line is broken
 _MASKS = {"full": "none", "causal": "causal"}
 
 
@@ -29,7 +30,7 @@ def _cells(rows: dict[str, dict[str, Any]], unit: str) -> list[str]:
         row = rows.get(name)
         digits = ".0f" if unit == "tflops" else ".2f"
         both = None if row is None else (row[f"fwd_{unit}"], row[f"fb_{unit}"])
-        cells.append("" if both is None else " · ".join(f"{x:{digits}}" for x in both))
+        cells.append("" if both is None else _DOT.join(f"{x:{digits}}" for x in both))
     return cells
 
 
@@ -97,7 +98,7 @@ def markdown_of_decoding() -> str:
     found: dict[str, dict[tuple[int, int], str]] = {}
     for row in rows:
         name = f"{row['cache']}, {row['variant']}"
-        text = f"{row['of_readable']:.0%} · {row['tokens_s']:,.0f}"
+        text = f"{row['of_readable']:.0%}{_DOT}{row['tokens_s']:,.0f}"
         found.setdefault(name, {})[row["batch"], row["length"]] = text
     heads, kv_heads, dim = report["heads"]
     speed = report["readable_gb_s"] / 1e3

@@ -38,7 +38,12 @@ def line(x1: float, y1: float, x2: float, y2: float, kind: str = "grid") -> str:
 
 
 def bars(
-    title: str, groups: Mapping[str, Mapping[str, float]], series: Sequence[str], unit: str
+    title: str,
+    groups: Mapping[str, Mapping[str, float]],
+    series: Sequence[str],
+    unit: str,
+    *,
+    top: float | None = None,
 ) -> str:
     """A horizontal bar for each series in each group, with its number.
 
@@ -46,11 +51,12 @@ def bars(
 
     - `groups`: from the name of a group to its numbers, by series.
     - `series`: all that there are. The place in it says which colour one has.
-    - `unit`: of the numbers.
+    - `unit`: of the numbers, or the empty string.
+    - `top`: what the longest bar could be. By default, what the longest is.
     """
-    most = max(value for of in groups.values() for value in of.values())
+    most = top or max(value for of in groups.values() for value in of.values())
     room = WIDTH - _NAMES - _VALUES
-    y, parts = 16.0, [text(0, 16, f"{title}, {unit}", "title")]
+    y, parts = 16.0, [text(0, 16, f"{title}, {unit}" if unit else title, "title")]
     for group, of in groups.items():
         y += 24
         parts.append(text(0, y, group, "group"))

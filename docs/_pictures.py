@@ -18,7 +18,6 @@ from typing import Any
 import eqx_attention as eqa
 import jax.numpy as jnp
 import numpy as np
-
 from _charts import figure, line, svg, text
 
 

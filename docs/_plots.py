@@ -122,29 +122,35 @@ def decode() -> str:
 
 
 def context_parallel() -> str:
-    """Efficiency over length, a chart for each mask, number of GPUs and pass."""
-    charts: dict[str, dict[str, dict[float, float]]] = {}
-    reports = [
-        json.loads(p.read_text()) for p in sorted(_RESULTS.glob("context_par*.json"))
-    ]
-    for report in reports:
-        for row in report["rows"]:
-            if "efficiency" in row and row["strategy"] != "auto":
-                title = f"{row['mask']}, {row['devices']} GPUs, {row['pass']}"
-                title = title.replace("+", " and ")
-                points = charts.setdefault(title[0].upper() + title[1:], {})
-                points.setdefault(row["strategy"], {})[row["length"]] = row["efficiency"]
-    drawn = [
-        lines(title, {name: list(p.items()) for name, p in of.items()}, "tokens", top=1.0)
-        for title, of in sorted(charts.items())
-    ]
+    """Efficiency, over length where several were measured: a chart for each mask, number of
+    GPUs and pass; else as bars."""
+    names = sorted(path.name for path in _RESULTS.glob("context_parallel*.json"))
+    reports = [_read(name) for name in names]
+    found: dict[str, dict[str, dict[int, float]]] = {}
+    for row in (row for report in reports for row in report["rows"]):
+        if "efficiency" in row and row["strategy"] != "auto":
+            of = f"{row['mask']}, {row['devices']} GPUs, {row['pass'].replace('+', ' and ')}"
+            strategies = found.setdefault(of, {})
+            strategies.setdefault(row["strategy"], {})[row["length"]] = row["efficiency"]
+    series = list(dict.fromkeys(name for of in found.values() for name in of))
+    charts, single = [], {}
+    for title, of in sorted(found.items()):
+        lengths = sorted({length for points in of.values() for length in points})
+        if len(lengths) > 1:
+            points = {name: list(points.items()) for name, points in of.items()}
+            charts.append(lines(title.capitalize(), points, "tokens", top=1.0))
+        else:
+            group = f"{lengths[0]:,} tokens, {title}"
+            single[group] = {name: points[lengths[0]] for name, points in of.items()}
+    if single:
+        charts.append(bars("Efficiency", single, series, "", top=1.0))
     shape = reports[0]["shape"]
     caption = (
         f"Efficiency: the time of the faster kernel on one GPU, over that of the strategy "
         f"times the number of GPUs. {reports[0]['device']}, batch {shape['batch']}, "
         f"{shape['heads']} heads of {shape['dim']}, {shape['dtype']}."
     )
-    return figure("\n".join(drawn), caption)
+    return figure("\n".join(charts), caption)
 
 
 def _shape(text: str) -> str:

@@ -129,12 +129,13 @@ def _shapes(drawing: str, tag: str):
 def test_pictures_show_what_a_mask_sees(monkeypatch):
     pictures = _docs_module("_pictures", monkeypatch)
     snippets = (
-        "import eqx_attention as eqa\nimport numpy as np\nquery = key_ = np.zeros((6, 1, 1))",
+        "import eqx_attention as eqa\nimport numpy as np",
+        "query = key_ = np.zeros((6, 1, 1))",
         "mask = eqa.Causal() & eqa.SlidingWindow(2)",
     )
     page = "".join(f"```python\n{code}\n```\n" for code in snippets)
-    none, drawn = pictures.pictures(page)
-    assert none is None
+    *others, drawn = pictures.pictures(page)
+    assert others == [None, None]
     (path,) = _shapes(drawn, "path")
     cell = 160 / 6
     seen = sum(float(x) for x in re.findall(r"h(\d[\d.]*)v", path.get("d"))) / cell
