@@ -129,7 +129,8 @@ def context_parallel() -> str:
     found: dict[str, dict[str, dict[int, float]]] = {}
     for row in (row for report in reports for row in report["rows"]):
         if "efficiency" in row and row["strategy"] != "auto":
-            of = f"{row['mask']}, {row['devices']} GPUs, {row['pass'].replace('+', ' and ')}"
+            both = row["pass"].replace("+", " and ")
+            of = f"{row['mask']}, {row['devices']} GPUs, {both}"
             strategies = found.setdefault(of, {})
             strategies.setdefault(row["strategy"], {})[row["length"]] = row["efficiency"]
     series = list(dict.fromkeys(name for of in found.values() for name in of))
