@@ -1,4 +1,4 @@
-"""What mkdocs runs while it builds the documentation."""
+"""What mkdocs runs while it builds the documentation, and after."""
 
 import functools as ft
 import json
@@ -8,6 +8,7 @@ import re
 import runpy
 import subprocess
 import sys
+import types
 import typing
 
 
@@ -74,3 +75,23 @@ def on_page_markdown(markdown: str, page, **kwargs) -> str:
     if "<!-- pictures: " in markdown:
         markdown = _with_pictures(markdown, page.file.abs_src_path)
     return markdown
+
+
+def on_post_build(config, **kwargs) -> None:
+    """**Raises:** `ValueError` if a public name cannot be linked to in what was built."""
+    import eqx_attention as eqa
+
+    pages = [p.read_text() for p in pathlib.Path(config["site_dir"]).rglob("*.html")]
+    anchors = {
+        x for page in pages for x in re.findall(r'id="(eqx_attention\.[^"]+)"', page)
+    }
+    modules = {"eqx_attention": eqa}
+    modules |= {f"eqx_attention.{x}": getattr(eqa, x) for x in ("testing", "extend")}
+    missing = {
+        f"{path}.{name}"
+        for path, module in modules.items()
+        for name, value in vars(module).items()
+        if not name.startswith("_") and not isinstance(value, types.ModuleType)
+    } - anchors
+    if missing:
+        raise ValueError(f"Without an anchor on any page: {sorted(missing)}.")
