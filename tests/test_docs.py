@@ -111,7 +111,7 @@ def test_every_mask_and_score_has_a_picture():
         if inspect.isclass(getattr(eqa, name)) and issubclass(getattr(eqa, name), abstract)
     } - {"AbstractMask", "AbstractScore"}
     assert set(found) == expected | {"PrefixLM"}
-    for name in expected - {"And", "Or", "Not", "BlockMask"}:
+    for name in set(found) - {"And", "Or", "Not", "BlockMask"}:
         assert re.search(rf"^(mask|score) = .*eqa\.{name}\b", found[name], re.MULTILINE)
 
 
@@ -155,10 +155,10 @@ def test_charts_show_what_was_measured(monkeypatch):
     charts = importlib.import_module("_charts")
     bars = charts.bars("A", {"of": {"one": 3.0, "two": 6.0}}, ("one", "two"), "ms")
     one, two = (float(x.get("width")) for x in _shapes(bars, "rect"))
-    assert one == pytest.approx(two / 2, rel=1e-2)
+    assert one == pytest.approx(two / 2, abs=0.1)
     lines = charts.lines("B", {"one": [(1024, 10.0), (2048, 1000.0)]}, "tokens", log=True)
     low, high = (float(x.get("cy")) for x in _shapes(lines, "circle"))
-    assert low - high == pytest.approx(216)  # from the lowest tick to the highest
+    assert (low, high) == (250, 34)  # on the lowest tick and on the highest
 
 
 @pytest.mark.parametrize("name", _public_names())
