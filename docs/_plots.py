@@ -138,8 +138,9 @@ def context_parallel() -> str:
     for title, of in sorted(found.items()):
         lengths = sorted({length for points in of.values() for length in points})
         if len(lengths) > 1:
-            points = {name: list(points.items()) for name, points in of.items()}
-            charts.append(lines(title.capitalize(), points, "tokens", top=1.0))
+            points = {name: list(of[name].items()) for name in series if name in of}
+            title = title[0].upper() + title[1:]
+            charts.append(lines(title, points, "tokens", top=1.0))
         else:
             group = f"{lengths[0]:,} tokens, {title}"
             single[group] = {name: points[lengths[0]] for name, points in of.items()}
