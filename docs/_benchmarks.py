@@ -1,10 +1,12 @@
 """Prints the tables of what was timed on a GPU, from the results that are committed.
 
-`_hooks.py` puts them where pages have `<!-- gpu -->`, `<!-- gpus -->`, `<!-- decode -->`.
+`_hooks.py` puts them where pages have `<!-- gpu -->`, `<!-- gpus -->`, `<!-- decode -->`
+or `<!-- nsight -->`.
 """
 
 import json
 import pathlib
+import re
 from typing import Any
 
 
@@ -17,6 +19,7 @@ _NAMES = {
     "tokamax": "tokamax",
     "flex": "FlexAttention",
 }
+_DOT = "\u00a0·\u00a0"  # at which no line is broken
 _MASKS = {"full": "none", "causal": "causal"}
 
 
@@ -27,7 +30,7 @@ def _cells(rows: dict[str, dict[str, Any]], unit: str) -> list[str]:
         row = rows.get(name)
         digits = ".0f" if unit == "tflops" else ".2f"
         both = None if row is None else (row[f"fwd_{unit}"], row[f"fb_{unit}"])
-        cells.append("" if both is None else " · ".join(f"{x:{digits}}" for x in both))
+        cells.append("" if both is None else _DOT.join(f"{x:{digits}}" for x in both))
     return cells
 
 
@@ -95,7 +98,7 @@ def markdown_of_decoding() -> str:
     found: dict[str, dict[tuple[int, int], str]] = {}
     for row in rows:
         name = f"{row['cache']}, {row['variant']}"
-        text = f"{row['of_readable']:.0%} · {row['tokens_s']:,.0f}"
+        text = f"{row['of_readable']:.0%}{_DOT}{row['tokens_s']:,.0f}"
         found.setdefault(name, {})[row["batch"], row["length"]] = text
     heads, kv_heads, dim = report["heads"]
     speed = report["readable_gb_s"] / 1e3
@@ -136,7 +139,36 @@ def markdown_of_gpus() -> str:
     return "\n".join(lines)
 
 
+# Rows of Nsight Compute's report -> what the page calls them.
+_NSIGHT = {
+    "Duration": "time",
+    "Tensor (All)": "matrix units busy",
+    "L1: Data Pipe Lsu Wavefronts": "shared memory busy",
+    "DRAM Throughput": "memory busy",
+    "Registers Per Thread": "registers a thread",
+}
+
+
+def markdown_of_nsight() -> str:
+    """Of what `benchmarks/profile_kernels.py` showed: the first of each of its rows."""
+    text = (_RESULTS / "nsight.txt").read_text()
+    titles = ["kernel", *_NSIGHT.values()]
+    lines = [titles, ["---"] * len(titles)]
+    for section in text.split("\n== ")[1:]:
+        name, _, report = section.partition("\n")
+        cells = [name]
+        for row in _NSIGHT:
+            found = re.search(rf"^ *{re.escape(row)} +(\S+) +([\d.]+)$", report, re.M)
+            unit = "" if found is None or "register" in found[1] else f" {found[1]}"
+            cells.append("" if found is None else found[2] + unit)
+        if any(cells[1:]):
+            lines.append(cells)
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{' '.join(text.split(chr(10) * 2)[0].split())}\n\n{table}"
+
+
 if __name__ == "__main__":
     print(markdown_of_results())
     print(markdown_of_gpus())
     print(markdown_of_decoding())
+    print(markdown_of_nsight())

@@ -167,7 +167,8 @@ class Block(NamedTuple):
 
 
 def cut(x: jax.Array, block: Block) -> jax.Array:
-    """The tile of one canonical array."""
+    """The tile of one canonical array: one of the axes (batch, head, query, key, *rest),
+    each of its full size or of size one."""
     starts, sizes = [], []
     for axis, size in enumerate(x.shape):
         whole = axis > 3 or size == 1 or size == block.sizes[axis]

@@ -59,7 +59,8 @@ def both_positions(
 
 
 class Tile(NamedTuple):
-    """What a mask or a score may know of a tile, but for its own leaves.
+    """What a mask or a score may know of a tile, but for its own leaves: `q_index`,
+    `kv_index`, `q_position`, `kv_position` and `head`, as integers.
 
     Each array broadcasts against `(head, query, key)`.
     """
@@ -72,7 +73,9 @@ class Tile(NamedTuple):
 
 
 class Bounds(NamedTuple):
-    """The least and the greatest that tiles hold, for all tiles at once."""
+    """The least and the greatest that tiles hold, for all tiles at once: `lower` and
+    `upper`, each a [`eqx_attention.extend.Tile`][] of the axes (head, query block, key
+    block)."""
 
     lower: Tile
     upper: Tile

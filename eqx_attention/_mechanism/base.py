@@ -19,7 +19,7 @@ from .varying import vary, varying_axes
 class Pairs(eqx.Module):
     """All that is said of (query token, key token) pairs, but for their logits' dot
     products. Each array has the axes (batch, head, query, key, *rest), of size one where it
-    does not have the axis; see `_axes.py`."""
+    does not have the axis."""
 
     mask: AbstractMask
     score: tuple[AbstractScore, ...]

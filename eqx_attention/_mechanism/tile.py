@@ -18,12 +18,24 @@ from .base import Pairs, Request
 
 
 class TileOf:
-    """One tile of a request: `Pairs` sliced to a block, and what follows from that."""
+    """One tile of a request: `Pairs` sliced to a block, and what follows from that.
+
+    Its arrays have the axes (batch, head, query, key); those of queries that it is given
+    have (batch, query head, query, channel), those of keys (batch, key head, key,
+    channel).
+    """
 
     def __init__(
         self, request: Request, block: Block, fresh: tuple = (None, None), masked=True
     ):
-        """`fresh` is the first (query, key) that no earlier tile holds."""
+        """**Arguments:**
+
+        - `request`: all of it.
+        - `block`: which queries, keys, heads and batch elements the tile has.
+        - `fresh`: the first (query, key) that no earlier tile holds: what comes before is
+            hidden. By default, all of the tile is fresh.
+        - `masked`: whether to look at the mask: not needed if all is visible.
+        """
         self.request = request
         leaves, self.treedef = jax.tree.flatten(request.pairs)
         self.leaves = [cut(x, block) if is_array(x) else x for x in leaves]
@@ -66,6 +78,7 @@ class TileOf:
         return logits
 
     def drop(self, weights: Array) -> Array:
+        """The weights after dropout, if there is any."""
         dropout = self.pairs.dropout
         if dropout is None:
             return weights
@@ -100,7 +113,14 @@ class TileOf:
         return lax.cond(finite, plain, with_holes)
 
     def gradient(self, q, k, v, rows: tuple[Array, Array, Array], wrt: tuple[int, ...]):
-        """`(dq, dk, dv, dleaves)`. The rows are `(lse, dout, delta)`: see `row_terms`."""
+        """The tile's part of the gradient, `(dq, dk, dv, dleaves)`.
+
+        **Arguments:**
+
+        - `q`, `k`, `v`: those of the tile, heads first.
+        - `rows`: `(lse, dout, delta)` of the queries of the tile: see `row_terms`.
+        - `wrt`: which of the leaves of `request.pairs` to differentiate, by number.
+        """
         request, (lse, dout, delta) = self.request, rows
         k, v = self.clean(k), self.clean(v)
         qk = queries_by_keys(request, q, k)
@@ -169,10 +189,12 @@ def _product(request: Request, a: Array, b: Array, axis_a: int, axis_b: int, sha
 
 
 def heads_first(request: Request, x: Float[Array, "batch len heads channels"]) -> Array:
+    """As tiles have it: `(batch, heads, len, channels)`, in the dtype of products."""
     return x.transpose(0, 2, 1, 3).astype(request.operand_dtype)
 
 
 def tokens_first(x: Float[Array, "batch heads len channels"]) -> Array:
+    """As requests have it: `(batch, len, heads, channels)`."""
     return x.transpose(0, 2, 1, 3)
 
 

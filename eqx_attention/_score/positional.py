@@ -52,9 +52,9 @@ class ALiBi(AbstractScore):
 
     @staticmethod
     def standard(num_heads: int) -> "ALiBi":
-        """The slopes of the paper: a geometric sequence that starts at
-        $2^{-8/\\text{num\\_heads}}$, with that as its ratio. Between powers of two, the
-        sequence of the lower one is followed by every other slope of the higher one.
+        """The slopes of the paper: for $n$ heads, a geometric sequence that starts at
+        $2^{-8/n}$, with that as its ratio. Between powers of two, the sequence of the lower
+        one is followed by every other slope of the higher one.
         """
         if num_heads < 1:
             raise ValueError(f"ALiBi.standard(num_heads): expected >= 1, got {num_heads}.")
