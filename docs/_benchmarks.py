@@ -119,21 +119,25 @@ def markdown_of_decoding() -> str:
 
 
 def markdown_of_gpus() -> str:
-    """Of what `benchmarks/context_parallel.py` wrote, in one run and in one of windows."""
-    names = ("context_parallel.json", "context_parallel_window.json")
-    reports = [json.loads((_RESULTS / name).read_text()) for name in names]
-    shape = reports[0]["shape"]
+    """Of what `benchmarks/context_parallel.py` wrote, in several runs."""
+    paths = sorted(_RESULTS.glob("context_parallel*.json"))
+    reports = [json.loads(path.read_text()) for path in paths]
+    first = reports[0]
+    shape = first["shape"]
+    flags = {report["flags"]: report["XLA_FLAGS"] for report in reports}
     lines = [
-        f"{reports[0]['devices']} × {reports[0]['device']}, batch {shape['batch']}, "
-        f"{shape['heads']} heads of {shape['dim']}, {shape['dtype']}; "
-        f"`XLA_FLAGS={reports[0]['XLA_FLAGS']}`.",
+        f"{first['devices']} × {first['device']}, batch {shape['batch']}, "
+        f"{shape['heads']} heads of {shape['dim']}, {shape['dtype']}; XLA's flags are "
+        + "; ".join(f"{name}: `{text}`" for name, text in flags.items())
+        + ".",
         "",
-        "| length, mask | pass | strategy | GPUs | ms | TFLOP/s a GPU | efficiency |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| length, mask | flags | pass | strategy | GPUs | ms | TFLOP/s a GPU | efficiency |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for row in (row for report in reports for row in report["rows"]):
-        cells = [f"{row['length']:,} {row['mask']}", row["pass"], row["strategy"]]
-        cells += [str(row["devices"]), f"{row['ms']:.2f}", f"{row['tflops_a_device']:.0f}"]
+    for report, row in ((report, row) for report in reports for row in report["rows"]):
+        cells = [f"{row['length']:,} {row['mask']}", report["flags"], row["pass"]]
+        cells += [row["strategy"], str(row["devices"]), f"{row['ms']:.2f}"]
+        cells += [f"{row['tflops_a_device']:.0f}"]
         cells += [f"{row['efficiency']:.2f}" if "efficiency" in row else ""]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
