@@ -80,7 +80,7 @@ def test_many(dtype, interpreted):
     """Of generated cases, those that it supports."""
     report = testing.check("splash", cases=testing.cases(100, seed=7, dtype=dtype))
     report.raise_on_failure()
-    assert len(report.passed) >= 10
+    assert len(report.passed) >= 8
 
 
 def test_gradients_of_a_part_given_the_whole(interpreted):
@@ -249,13 +249,15 @@ def test_refusals(options, reason):
     assert reason is None or reason in found[0]
 
 
-def test_refusals_of_shapes_and_machines(monkeypatch):
+def test_refusals_of_shapes_and_machines():
     def reasons(request):
         return " | ".join(eqa.Splash().unsupported(request))
 
     assert reasons(make_request(*_shapes())) == "it runs on TPUs, not on cpu"
     half = _on_tpu(make_request(*_shapes(dtype=jnp.float16)))
     assert reasons(half) == "it computes in bfloat16 or float32, not in float16"
+    rounded = make_request(*_shapes(dtype=jnp.bfloat16), scale=jnp.ones(2))
+    assert "scale that is an array" in reasons(_on_tpu(rounded))
     wide = _on_tpu(make_request(*_shapes(dims=(264, 8))))
     assert reasons(wide) == "head_dim must be from 1 to 256, and is 264"
     with pytest.raises(eqa.UnsupportedError, match="runs on TPUs.*blockwise"):

@@ -5,6 +5,7 @@ from jaxtyping import Array, Float
 
 from .._axes import ceil_div, largest_divisor
 from .._score import SoftCap
+from .._static import is_array
 from .base import AbstractMechanism, Blocks, Gradients, Request, stored_unsupported
 from .blockwise import Blockwise
 from .gather import keys_are_split
@@ -35,8 +36,8 @@ class Splash(AbstractMechanism):
     are EMPTY are neither loaded nor computed.
 
     The query is multiplied by the scale before it is given to the kernels, in its own
-    dtype, and the output comes in that dtype. The gradient of a scale is computed by
-    [`eqx_attention.Blockwise`][].
+    dtype, and the output comes in that dtype. A scale that is an array has to come with
+    operands in float32; its gradient is computed by [`eqx_attention.Blockwise`][].
 
     The kernels are checked in JAX's interpreter for TPUs, and that they lower for one.
     Nothing was run on a TPU, and no speed was measured.
@@ -113,6 +114,11 @@ class Splash(AbstractMechanism):
                 "asked for"
             )
         pairs = request.pairs
+        if is_array(pairs.scale) and dtypes != {"float32"}:
+            reasons.append(
+                "its output is rounded to bfloat16, too far for the gradient of a scale "
+                "that is an array"
+            )
         if pairs.dropout is not None:
             reasons.append("it computes no dropout")
         match pairs.score:

@@ -117,7 +117,7 @@ def _visible(mask: AbstractMask, q, kv, holds: bool):
             return kv - q <= n if holds else kv - q > n
         case Prefix(length=n):
             return kv < n if holds else kv >= n
-        case Chunked(size=n):
+        case Chunked(size=int(n)):
             q, kv = _floor_div(q, n), _floor_div(kv, n)
             return q == kv if holds else q != kv
         case SlidingWindow(left=left, right=right):
