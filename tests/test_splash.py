@@ -249,6 +249,7 @@ def test_refusals(options, reason):
     assert reason is None or reason in found[0]
 
 
+@pytest.mark.slow
 def test_refusals_of_shapes_and_machines():
     def reasons(request):
         return " | ".join(eqa.Splash().unsupported(request))
@@ -308,6 +309,7 @@ def _computed(mask, kv_len=512):
         yield rows, kind.shape[1]
 
 
+@pytest.mark.slow
 def test_tiles_that_are_skipped():
     before = [list(range(n + 1)) for n in range(4)]
     after = [list(range(n, 4)) for n in range(4)]

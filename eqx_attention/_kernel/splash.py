@@ -21,7 +21,7 @@ from .._mechanism.base import Request
 from .._mechanism.hidden import again_if_nan
 from .._mechanism.splash_mask import q_positions, rule, token_ids
 from .._static import unwrap
-from .splash_tables import tiles
+from .splash_tables import Tiles, tiles
 
 
 _MODULE = "jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel"
@@ -84,10 +84,12 @@ def _as_expected() -> Iterator[None]:
 
 def forward(request: Request, sizes: Sizes) -> tuple[Array, Array]:
     """`(out, lse)`."""
-    return again_if_nan(ft.partial(_forward, sizes=sizes), request)
+    # Once, also if it is done again.
+    found = tiles(request, sizes.query, sizes.key, by_key=False)
+    return again_if_nan(ft.partial(_forward, sizes=sizes, found=found), request)
 
 
-def _forward(request: Request, sizes: Sizes) -> tuple[Array, Array]:
+def _forward(request: Request, sizes: Sizes, found: Tiles | None) -> tuple[Array, Array]:
     kernels, inputs = _jax(), _Inputs(request, sizes)
     blocks = kernels.BlockSizes(block_q=sizes.query, block_kv=sizes.key)
     options = inputs.options() | {
@@ -103,7 +105,7 @@ def _forward(request: Request, sizes: Sizes) -> tuple[Array, Array]:
             out, (lse,) = forward(fwd_mask_info=info, segment_ids=ids, **qkv, **options)
         return out, lse
 
-    out, lse = inputs.over_batch(one, inputs.qkv, inputs.ids, inputs.info(by_key=False))
+    out, lse = inputs.over_batch(one, inputs.qkv, inputs.ids, inputs.info(found))
     if not isinstance(request.pairs.mask, Full):
         # Of rows that see nothing, no tile was computed, or only such as are masked.
         empty = lse <= 0.5 * kernels.DEFAULT_MASK_VALUE
@@ -148,7 +150,8 @@ def backward(
             _, dk, dv = kernels._splash_attention_bwd_dkv(mask_info=by_key, **own, **fused)
         return dq, dk, dv
 
-    infos = inputs.info(by_key=False), inputs.info(by_key=True)
+    tables = [tiles(request, sizes.query, sizes.key, by_key) for by_key in (False, True)]
+    infos = inputs.info(tables[0]), inputs.info(tables[1], by_key=True)
     found = inputs.over_batch(one, inputs.qkv, inputs.ids, *infos, (lse, delta, dout))
     scale = inputs.scale.astype(jnp.float32)
     dq, dk, dv = (x.swapaxes(1, 2) for x in found)
@@ -187,11 +190,10 @@ class _Inputs:
             "interpret": False,
         }
 
-    def info(self, by_key: bool) -> Any:
+    def info(self, found: Tiles | None, by_key: bool = False) -> Any:
         positions = None
         if self.rule is not None:
             positions = _lengthened(q_positions(self.request), self.sizes.query)
-        found = tiles(self.request, self.sizes.query, self.sizes.key, by_key)
         tables = (None, None, None)
         if found is not None:
             tables = (found.number, found.kind, found.place)
