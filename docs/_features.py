@@ -3,6 +3,7 @@
 Run by `_hooks.py` when the documentation is built; nothing that it prints is committed.
 """
 
+import dataclasses
 import pathlib
 import runpy
 from collections.abc import Callable
@@ -150,22 +151,53 @@ _table: dict[str, dict[str, Callable]] = {
 
 def _mechanisms() -> dict[str, eqa.AbstractMechanism]:
     """Those that do arithmetic anywhere: all that are public but `Auto`, which chooses, and
-    those for GPUs, which have a table of their own."""
+    those for GPUs and TPUs, which have tables of their own."""
+    elsewhere = (eqa.AbstractMechanism, eqa.Auto, eqa.CuDNN, eqa.Flash, eqa.Splash)
     return {
         name: cls()
         for name, cls in sorted(vars(eqa).items())
         if isinstance(cls, type)
         and issubclass(cls, eqa.AbstractMechanism)
-        and cls not in (eqa.AbstractMechanism, eqa.Auto, eqa.CuDNN, eqa.Flash)
+        and cls not in elsewhere
     }
 
 
+class Splash(eqa.AbstractMechanism):
+    """`eqa.Splash`, as it would be asked on a TPU."""
+
+    def unsupported(self, request):
+        return eqa.Splash().unsupported(_on_tpu(request))
+
+    def forward(self, request):
+        return eqa.Splash().forward(_on_tpu(request))
+
+    def backward(self, request, *rows):
+        return eqa.Splash().backward(_on_tpu(request), *rows)
+
+    def blocks(self, request):
+        return eqa.Splash().blocks(_on_tpu(request))
+
+    def explain(self, request):
+        return eqa.Splash().explain(_on_tpu(request))
+
+
+def _on_tpu(request):
+    return dataclasses.replace(request, platform="tpu")
+
+
 def markdown() -> str:
-    mechanisms = _mechanisms()
+    return _tables(_mechanisms(), "##")
+
+
+def markdown_of_tpus() -> str:
+    return _tables({"Splash": Splash()}, "###")
+
+
+def _tables(mechanisms: dict[str, eqa.AbstractMechanism], heading: str) -> str:
     reasons: list[str] = []
     lines = []
     for group, options in _table.items():
-        lines += ["", f"## {group}", ""]
+        lines += ["", f"{heading} {group}", ""]
         lines += ["| | " + " | ".join(f"`{name}`" for name in mechanisms) + " |"]
         lines += ["| --- |" + " :-: |" * len(mechanisms)]
         for option, ask in options.items():
@@ -181,7 +213,7 @@ def markdown() -> str:
                 else:
                     cells.append("✓")
             lines.append(f"| {option} | " + " | ".join(cells) + " |")
-    lines += ["", "## Refusals", ""]
+    lines += ["", f"{heading} Refusals", ""]
     for number, reason in enumerate(reasons, 1):
         lines += [f"{number}. {' '.join(reason.split())}"]
     if not reasons:
@@ -206,4 +238,5 @@ def markdown_of_gpus() -> str:
 if __name__ == "__main__":
     with jax.enable_x64(True):
         print(markdown())
+        print(f"\n## On TPUs\n{markdown_of_tpus()}")
     print(f"\n## On GPUs\n\n{markdown_of_gpus()}")

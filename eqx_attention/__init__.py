@@ -68,6 +68,7 @@ from ._mechanism import (
     CuDNN as CuDNN,
     Decode as Decode,
     Flash as Flash,
+    Splash as Splash,
     Vanilla as Vanilla,
 )
 from ._partial import merge as merge

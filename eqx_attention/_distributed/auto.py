@@ -9,7 +9,8 @@ class Auto(AbstractMechanism):
 
     On a GPU, [`eqx_attention.Flash`][] or [`eqx_attention.CuDNN`][], where they support
     it; and where both do, the one that was faster, forward and backward, at what is most
-    like the request among all that was measured; but CuDNN for a few queries. Otherwise
+    like the request among all that was measured; but CuDNN for a few queries. On a TPU,
+    [`eqx_attention.Splash`][] where it supports it, but not for a few queries. Otherwise
     [`eqx_attention.Decode`][] for few queries over many keys, or over keys in stored form;
     else [`eqx_attention.Vanilla`][] where its weights are small, as for short sequences,
     and [`eqx_attention.Blockwise`][] where not.

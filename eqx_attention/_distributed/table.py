@@ -2,7 +2,15 @@
 
 import difflib
 
-from .._mechanism import AbstractMechanism, Blockwise, CuDNN, Decode, Flash, Vanilla
+from .._mechanism import (
+    AbstractMechanism,
+    Blockwise,
+    CuDNN,
+    Decode,
+    Flash,
+    Splash,
+    Vanilla,
+)
 from .all_gather import AllGather
 from .auto import Auto
 from .ring import Ring
@@ -13,6 +21,7 @@ MECHANISMS: dict[str, type[AbstractMechanism]] = {
     "auto": Auto,
     "flash": Flash,
     "cudnn": CuDNN,
+    "splash": Splash,
     "decode": Decode,
     "blockwise": Blockwise,
     "vanilla": Vanilla,

@@ -1,1 +1,2 @@
-"""Kernels for GPUs, in Pallas' Mosaic GPU dialect. Imported only when used."""
+"""Kernels for GPUs, in Pallas' Mosaic GPU dialect, and how those that jax has for TPUs are
+called. Imported only when used."""

@@ -22,5 +22,6 @@ from .gather import (
     traced as traced,
 )
 from .primitive import attention as attention
+from .splash import Splash as Splash
 from .vanilla import Vanilla as Vanilla
 from .varying import vary as vary, varying_axes as varying_axes

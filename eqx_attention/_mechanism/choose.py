@@ -7,6 +7,7 @@ from .cudnn import CuDNN
 from .decode import Decode
 from .flash import Flash
 from .measured import faster
+from .splash import Splash
 from .vanilla import Vanilla, weights_bytes
 
 
@@ -39,11 +40,19 @@ def choose(request: Request) -> tuple[AbstractMechanism, str]:
     size = _key_bytes(request)
     if few and size > _MANY:
         return Decode(), f"few queries, over {size / 2**20:.0f} MiB of keys and values"
+    refused = ""
+    if request.platform == "tpu" and not few:
+        reasons = Splash().unsupported(request)
+        if not reasons:
+            return Splash(), "its kernels support this call (none was timed on a TPU)"
+        refused = f"; not splash: {'; '.join(reasons)}"
     size = weights_bytes(request)
     mib, limit = size / 2**20, _SMALL / 2**20
     if size <= _SMALL:
-        return Vanilla(), f"its weights are {mib:.2f} MiB, at most {limit:.0f} MiB"
-    return Blockwise(), f"all weights would be {mib:.1f} MiB, more than {limit:.0f} MiB"
+        why = f"its weights are {mib:.2f} MiB, at most {limit:.0f} MiB"
+        return Vanilla(), why + refused
+    why = f"all weights would be {mib:.1f} MiB, more than {limit:.0f} MiB"
+    return Blockwise(), why + refused
 
 
 def _key_bytes(request: Request) -> int:
