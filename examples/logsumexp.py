@@ -1,0 +1,129 @@
+"""Trains through the log-sum-exp: attention in two parts that are merged, and a z-loss.
+
+    uv run examples/logsumexp.py
+    uv run examples/logsumexp.py --without-mask    # sees what is not there, and fails
+
+A memory and the recent tokens are attended to on their own, as if they were in different
+places. Merged by their log-sum-exps, the two are attention to both, also for gradients. The
+z-loss keeps that log-sum-exp small, so that logits do not drift away.
+"""
+
+import functools as ft
+
+import equinox as eqx
+import eqx_attention as eqa
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+from flags import flags
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+
+class Data(eqx.Module):
+    """Tokens of the memory, then recent ones. Each query is for what one of them says."""
+
+    length: Int[Array, " batch"]  # of what is in the memory
+    query: Float[Array, "batch seq size"]
+    key: Float[Array, "batch memory+seq size"]
+    value: Float[Array, "batch memory+seq size"]
+    target: Float[Array, "batch seq size"]
+
+
+class Projections(eqx.Module):
+    query: Float[Array, "size size"]
+    key: Float[Array, "size size"]
+
+
+def merged(q, k, v, data: Data, masked: bool = True, through: bool = True):
+    """Attends to either part on its own, and merges. If not `through` the log-sum-exps, it
+    drops their gradients, which is wrong."""
+    memory = k.shape[1] - q.shape[1]
+    masks = (eqa.Padding(data.length), eqa.Causal()) if masked else (eqa.Full(),) * 2
+    partials = []
+    for part, mask in zip((slice(None, memory), slice(memory, None)), masks):
+        out, lse = eqa.attend(q, k[:, part], v[:, part], mask=mask, return_lse=True)
+        partials.append((out, lse if through else jax.lax.stop_gradient(lse)))
+    return eqa.merge(partials)
+
+
+def at_once(q, k, v, data: Data):
+    """The same by the formula, for comparison."""
+    seq, memory = q.shape[1], k.shape[1] - q.shape[1]
+    index = jnp.arange(memory + seq)
+    stored = index < data.length[:, None, None]
+    recent = (index >= memory) & (index - memory <= jnp.arange(seq)[:, None])
+    logits = jnp.einsum("bqhd,bkhd->bqk", q, k) / q.shape[-1] ** 0.5
+    logits = jnp.where(stored | recent, logits, -jnp.inf)
+    out = jnp.einsum("bqk,bkhd->bqhd", jax.nn.softmax(logits), v)
+    return out, jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def loss_of(model: Projections, data: Data, z, attention=merged):
+    q, k = data.query @ model.query, data.key @ model.key
+    out, lse = attention(q[:, :, None], k[:, :, None], data.value[:, :, None], data)
+    error = jnp.mean((out[:, :, 0] - data.target) ** 2)
+    return error + z * jnp.mean(lse**2), (error, jnp.sqrt(jnp.mean(lse**2)))
+
+
+def data_of(rng: PRNGKeyArray, batch: int, memory: int, seq: int, size: int) -> Data:
+    keys = jr.split(rng, 4)
+    length = jr.randint(keys[0], (batch,), memory // 2, memory + 1)
+    key, value = jr.normal(keys[1], (2, batch, memory + seq, size))
+    key = key.at[..., 0].set(1)  # a constant, by which all logits can be lowered
+    # Any that is in the memory, or not later than the query.
+    wanted = jr.uniform(keys[2], (batch, seq))
+    wanted = wanted * (length[:, None] + jnp.arange(1, seq + 1)).astype(wanted.dtype)
+    wanted = wanted.astype(jnp.int32)
+    wanted = jnp.where(wanted < length[:, None], wanted, wanted - length[:, None] + memory)
+    take = jax.vmap(lambda x, i: x[i])
+    return Data(length, take(key, wanted), key, value, take(value, wanted))
+
+
+@eqx.filter_jit
+def train(model: Projections, rng: PRNGKeyArray, z, steps: int, sizes: tuple):
+    """The squared error and the size of the log-sum-exp, of the last steps."""
+    optimiser = optax.adam(0.03)
+
+    def step(carry, rng):
+        model, state = carry
+        grads, aux = jax.grad(loss_of, has_aux=True)(model, data_of(rng, *sizes), z)
+        updates, state = optimiser.update(grads, state)
+        return (optax.apply_updates(model, updates), state), aux
+
+    carry = (model, optimiser.init(model))
+    _, results = jax.lax.scan(step, carry, jr.split(rng, steps))
+    return [x[-20:].mean() for x in results]
+
+
+def main(argv: list[str] | None = None) -> None:
+    sizes = dict(batch=16, memory=16, seq=16, size=8)
+    args = flags(argv, __doc__, "mask", steps=200, **sizes, z=1e-3)
+    sizes = tuple(getattr(args, name) for name in sizes)
+    model = Projections(*jr.normal(jr.key(0), (2, args.size, args.size)) / args.size**0.5)
+
+    @eqx.filter_jit
+    def gradient(attention):
+        data = data_of(jr.key(1), *sizes)
+        grads, _ = jax.grad(loss_of, has_aux=True)(model, data, args.z, attention)
+        return jnp.stack([grads.query, grads.key])
+
+    ours = ft.partial(merged, masked=not args.without)
+    exact = np.asarray(gradient(at_once))
+    for name, way in ("merged", ours), ("cut", ft.partial(ours, through=False)):
+        error = np.linalg.norm(gradient(way) - exact) / np.linalg.norm(exact)
+        print(f"{name:8} gradient differs by {error:.1e}")
+        assert (error < 1e-5) == (name == "merged"), "not the gradient of attention to both"
+
+    results = []
+    for z in (0.0, args.z):
+        error, lse = map(float, train(model, jr.key(2), jnp.asarray(z), args.steps, sizes))
+        print(f"z={z:<6g} squared error {error:.3f}, log-sum-exp {lse:.2f}")
+        results.append(lse)
+        assert error < 0.5, "it is not learned where to look"
+    assert results[1] < 0.5 * results[0], "the z-loss does not keep the log-sum-exp small"
+
+
+if __name__ == "__main__":
+    main()
