@@ -8,6 +8,8 @@ import pathlib
 import re
 import sys
 
+import equinox as eqx
+import eqx_attention as eqa
 import jax
 import numpy as np
 import pytest
@@ -169,3 +171,17 @@ def test_page(name):
     for excerpt in excerpts:
         assert excerpt in code, excerpt
     assert len(scripts[0].read_text().splitlines()) <= 120
+
+
+@pytest.mark.thorough
+def test_uncapped_is_not_trained():
+    """It is not only its first check that `soft_cap.py` would fail without its score."""
+
+    def last_losses(score):
+        model = eqx.filter_jit(soft_cap.Model)(16, 4, score, jax.random.key(0))
+        losses = soft_cap.train(model, jax.random.key(1), 120, 16, 32, 5e-3)
+        return np.asarray(losses)[-10:].mean()
+
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        assert last_losses(eqa.SoftCap(50.0)) < 0.3
+        assert last_losses(()) > 0.6
