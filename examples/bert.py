@@ -1,6 +1,7 @@
 """BERT, of eqx_attention's parts, with the weights that a `BertModel` has saved."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import equinox as eqx
 import eqx_attention as eqa
@@ -43,7 +44,8 @@ class Layer(eqx.Module):
     def __call__(
         self, x: Float[Array, "seq width"], mask: eqa.AbstractMask
     ) -> Float[Array, "seq width"]:
-        x = jax.vmap(self.attention_norm)(x + self.attention(x, x, x, mask))
+        out: Any = self.attention(x, x, x, mask)
+        x = jax.vmap(self.attention_norm)(x + out)
         return jax.vmap(self.feed_forward_norm)(x + self.feed_forward(x))
 
 

@@ -74,7 +74,7 @@ def train(model, which, matrix, key, steps: int, batch: int, seq: int, lr: float
         params, state = carry
         loss, grads = jax.value_and_grad(loss_of)(params, key)
         updates, state = optimiser.update(grads, state)
-        return (optax.apply_updates(params, updates), state), loss
+        return (eqx.apply_updates(params, updates), state), loss
 
     carry = (params, optimiser.init(params))
     (params, _), losses = jax.lax.scan(step, carry, jr.split(key, steps))

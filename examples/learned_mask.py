@@ -83,7 +83,7 @@ def train(
         updates, state = optimiser.update(grads, state)
         return (eqx.apply_updates(model, updates), state), None
 
-    carry = (model, optimiser.init(model))
+    carry = (model, optimiser.init(eqx.filter(model, eqx.is_inexact_array)))
     return jax.lax.scan(step, carry, jr.split(key, steps))[0][0]
 
 

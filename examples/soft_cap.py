@@ -8,6 +8,8 @@ with logits so large that a softmax sees one key and has next to no gradient, as
 a training that goes wrong. The cap bounds them, and the model learns all the same.
 """
 
+from typing import Any
+
 import equinox as eqx
 import eqx_attention as eqa
 import jax
@@ -28,19 +30,18 @@ class Block(eqx.Module):
     attention: eqa.MultiheadAttention
     feed_forward: eqa.FeedForward
 
-    def __init__(self, width: int, attention: eqa.AttentionConfig, key: PRNGKeyArray):
-        key1, key2 = jr.split(key)
-        mha = eqa.MultiheadAttention(
-            HEADS, width, num_kv_heads=HEADS // 2, attention=attention, key=key1
-        )
+    def __init__(self, width: int, config: eqa.AttentionConfig, key: PRNGKeyArray):
+        k1, k2 = jr.split(key)
+        mha = eqa.MultiheadAttention(HEADS, width, num_kv_heads=2, attention=config, key=k1)
         weights = lambda mha: (mha.query_proj.weight, mha.key_proj.weight)  # noqa: E731
         self.attention = eqx.tree_at(weights, mha, replace_fn=lambda x: TOO_LARGE * x)
-        self.feed_forward = eqa.FeedForward(width, activation="geglu", key=key2)
+        self.feed_forward = eqa.FeedForward(width, activation="geglu", key=k2)
         self.norm = eqx.nn.RMSNorm(width, use_bias=False)
 
     def __call__(self, x: Float[Array, "seq width"]) -> Float[Array, "seq width"]:
         h = jax.vmap(self.norm)(x)
-        x = x + self.attention(h, h, h)
+        out: Any = self.attention(h, h, h)
+        x = x + out
         return x + self.feed_forward(jax.vmap(self.norm)(x))
 
     def lse(self, x: Float[Array, "seq width"]) -> Float[Array, "seq heads"]:
@@ -58,10 +59,9 @@ class Model(eqx.Module):
 
     def __init__(self, width: int, window: int, score, key: PRNGKeyArray):
         keys = jr.split(key, 4)
-        # A token as it is, and one that is marked.
-        self.embedding = jr.normal(keys[0], (2 * VOCABULARY, width))
-        local = eqa.Causal() & eqa.SlidingWindow(window - 1)
-        masks = (local, eqa.Causal())  # and so on, in a deeper one
+        self.embedding = jr.normal(keys[0], (2 * VOCABULARY, width))  # and those marked
+        # Local, global, and so on in a deeper one.
+        masks = (eqa.Causal() & eqa.SlidingWindow(window - 1), eqa.Causal())
         configs = [eqa.AttentionConfig(mask=mask, score=score) for mask in masks]
         self.blocks = [Block(width, config, key) for config, key in zip(configs, keys[1:])]
         self.head = eqx.nn.Linear(width, VOCABULARY, key=keys[3])
@@ -95,7 +95,7 @@ def train(
         loss = lambda x: loss_of(eqx.combine(x, static), key, seq, batch)  # noqa: E731
         loss, grads = jax.value_and_grad(loss)(params)
         updates, state = optimiser.update(grads, state)
-        return (optax.apply_updates(params, updates), state), loss
+        return (eqx.apply_updates(params, updates), state), loss
 
     return jax.lax.scan(step, (params, optimiser.init(params)), jr.split(key, steps))[1]
 
@@ -106,8 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     score = () if args.without else eqa.SoftCap(args.cap)
     model = eqx.filter_jit(Model)(args.width, args.window, score, jr.key(0))
     lse = eqx.filter_jit(Block.lse)(model.blocks[0], model.embedding)
-    largest = float(jnp.abs(lse).max())
-    bound = args.cap + np.log(2 * VOCABULARY)
+    largest, bound = float(jnp.abs(lse).max()), args.cap + np.log(2 * VOCABULARY)
     print(f"log-sum-exp  up to {largest:.1f}; if capped, {bound:.1f} at most")
     assert largest <= bound, "the logits are not bounded"
     losses = train(model, jr.key(1), args.steps, args.seq, args.batch, args.lr)
