@@ -43,11 +43,17 @@ def loss_of(
     return jnp.mean((attention(q, k, v).reshape(seq, width) @ out - x[1:]) ** 2)
 
 
+@ft.partial(jax.jit, static_argnames="attention")
 def hessian_vector_product(
     params: Float[Array, " size"], vector: Float[Array, " size"], x, attention=by_blocks
 ) -> Float[Array, " size"]:
     gradient = jax.grad(lambda params: loss_of(params, x, attention))
     return jax.jvp(gradient, (params,), (vector,))[1]
+
+
+@jax.jit
+def whole_hessian(params: Float[Array, " size"], x) -> Float[Array, "size size"]:
+    return jax.hessian(loss_of)(params, x, by_formula)
 
 
 def sharpest(product, vector: np.ndarray, steps: int) -> float:
@@ -64,7 +70,7 @@ def temporaries(seq: int, width: int) -> int:
     """What XLA plans for a Hessian-vector product, in bytes."""
     params = jax.ShapeDtypeStruct((4 * width**2,), jnp.float32)
     x = jax.ShapeDtypeStruct((seq + 1, width), jnp.float32)
-    lowered = jax.jit(hessian_vector_product).lower(params, params, x)
+    lowered = hessian_vector_product.lower(params, params, x)
     stats = lowered.compile().memory_analysis()
     assert stats is not None
     return stats.temp_size_in_bytes
@@ -81,11 +87,8 @@ def main(argv: list[str] | None = None) -> None:
     x = rng.standard_normal((args.seq + 1, args.width)).cumsum(axis=0) / args.seq**0.5
 
     with jax.enable_x64(True):
-        hessian = np.asarray(
-            jax.jit(jax.hessian(loss_of), static_argnums=2)(params, x, by_formula)
-        )
-        jitted = jax.jit(hessian_vector_product, static_argnames="attention")
-        product = lambda vector: jitted(params, vector, x, attention=attention)  # noqa: E731
+        hessian = np.asarray(whole_hessian(params, x))
+        product = lambda v: hessian_vector_product(params, v, x, attention=attention)  # noqa: E731
         expected = hessian @ vector
         error = np.abs(product(vector) - expected).max() / np.abs(expected).max()
         print(f"product     differs by {error:.1e} from that with the whole Hessian")

@@ -60,17 +60,21 @@ def loss_of(model: Float[Array, "2 size size"], data: Data, z, attention=merged)
     return error + z * jnp.mean(lse**2), (error, jnp.sqrt(jnp.mean(lse**2)))
 
 
+@eqx.filter_jit
+def gradient(model: Array, data: Data, z: float, attention) -> Array:
+    return jax.grad(loss_of, has_aux=True)(model, data, z, attention)[0]
+
+
 def data_of(rng: PRNGKeyArray, batch: int, memory: int, seq: int, size: int) -> Data:
     keys = jr.split(rng, 3)
-    length = jr.randint(keys[0], (batch,), memory // 2, memory + 1)
+    length = jr.randint(keys[0], (batch, 1), memory // 2, memory + 1)
     key, value = jr.normal(keys[1], (2, batch, memory + seq, size))
     key = key.at[..., 0].set(1)  # a constant, by which all logits can be lowered
     # Any that is in the memory, or not later than the query.
-    length_ = length[:, None]
-    wanted = jr.randint(keys[2], (batch, seq), 0, length_ + jnp.arange(1, seq + 1))
-    wanted = jnp.where(wanted < length_, wanted, wanted - length_ + memory)
+    wanted = jr.randint(keys[2], (batch, seq), 0, length + jnp.arange(1, seq + 1))
+    wanted = jnp.where(wanted < length, wanted, wanted - length + memory)
     take = jax.vmap(lambda x, i: x[i])
-    return Data(length, take(key, wanted), key, value, take(value, wanted))
+    return Data(length[:, 0], take(key, wanted), key, value, take(value, wanted))
 
 
 @eqx.filter_jit
@@ -84,8 +88,7 @@ def train(model: Array, rng: PRNGKeyArray, z: Array, steps: int, sizes: tuple):
         updates, state = optimiser.update(grads, state)
         return (model + updates, state), aux
 
-    carry = (model, optimiser.init(model))
-    _, results = jax.lax.scan(step, carry, jr.split(rng, steps))
+    _, results = jax.lax.scan(step, (model, optimiser.init(model)), jr.split(rng, steps))
     return [x[-20:].mean() for x in results]
 
 
@@ -94,16 +97,13 @@ def main(argv: list[str] | None = None) -> None:
     args = flags(argv, __doc__, "mask", steps=200, **sizes, z=1e-3)
     sizes = tuple(getattr(args, name) for name in sizes)
     model = jr.normal(jr.key(0), (2, args.size, args.size)) / args.size**0.5
-
-    @eqx.filter_jit
-    def gradient(attention):
-        data = data_of(jr.key(1), *sizes)
-        return jax.grad(loss_of, has_aux=True)(model, data, args.z, attention)[0]
-
+    data = eqx.filter_jit(data_of)(jr.key(1), *sizes)
     ours = ft.partial(merged, masked=not args.without)
-    exact = np.asarray(gradient(at_once))
+    exact = np.asarray(gradient(model, data, args.z, at_once))
     for name, way in ("merged", ours), ("cut", ft.partial(ours, through=False)):
-        error = np.linalg.norm(gradient(way) - exact) / np.linalg.norm(exact)
+        error = np.linalg.norm(gradient(model, data, args.z, way) - exact) / np.linalg.norm(
+            exact
+        )
         print(f"{name:8} gradient differs by {error:.1e}")
         assert (error < 1e-5) == (name == "merged"), "not the gradient of attention to both"
 
