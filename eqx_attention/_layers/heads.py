@@ -14,7 +14,9 @@ from .._dtype import accumulation_dtype
 _Heads = Float[Array, "seq heads channels"]
 
 
-def project(linear: eqx.nn.Linear, x: Float[Array, "seq size"], num_heads: int) -> _Heads:
+def project(
+    linear: Callable[..., Array], x: Float[Array, "seq size"], num_heads: int
+) -> _Heads:
     out = jax.vmap(linear)(x)
     return out.reshape(out.shape[0], num_heads, out.shape[1] // num_heads)
 
