@@ -131,7 +131,7 @@ def markdown_of_gpus() -> str:
         + "; ".join(f"{name}: `{text}`" for name, text in flags.items())
         + ".",
         "",
-        "| length, mask | flags | pass | strategy | GPUs | ms | TFLOP/s each | efficiency |",
+        "| length, mask | flags | pass | strategy | GPUs | ms | TFLOP/s | efficiency |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for report, row in ((report, row) for report in reports for row in report["rows"]):
