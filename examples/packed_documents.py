@@ -8,6 +8,8 @@ with each; and the last token of a document does not predict the first of the ne
 logits, loss and gradients are those of documents that are padded to rows of their own.
 """
 
+from typing import Any
+
 import equinox as eqx
 import eqx_attention as eqa
 import jax
@@ -16,7 +18,7 @@ import jax.random as jr
 import numpy as np
 from gallery.flags import add, parser
 from gallery.packing import lay_out, pack, PADDING
-from gallery.train import init, surprise
+from gallery.train import surprise
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 
@@ -26,7 +28,7 @@ VOCABULARY = 64
 class LanguageModel(eqx.Module):
     embedding: Float[Array, "vocabulary width"]
     position: Float[Array, "positions width"]
-    attention: eqa.MultiheadAttention
+    attention: Any  # an eqa.MultiheadAttention
     feed_forward: eqa.FeedForward
 
     def __init__(self, longest: int, width: int, heads: int, *, key: PRNGKeyArray):
@@ -70,7 +72,7 @@ def main(argv: list[str] | None = None) -> float:
     rng = np.random.default_rng(args.seed)
     lengths = 2 + ((args.seq - 1) * rng.uniform(size=args.documents) ** 3).astype(int)
     documents = [rng.integers(VOCABULARY, size=n, dtype=np.int32) for n in lengths]
-    model = init(LanguageModel, args.seq, 32, 4, key=jr.key(args.seed))
+    model = LanguageModel(args.seq, 32, heads=4, key=jr.key(args.seed))
 
     results = []
     for name, rows in (

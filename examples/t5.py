@@ -8,6 +8,8 @@ after it. The encoder has no notion of order but the bias: without it, permuting
 permutes what comes out, and labels are guesses.
 """
 
+from typing import Any
+
 import equinox as eqx
 import eqx_attention as eqa
 import jax
@@ -15,7 +17,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from gallery.flags import add, parser
-from gallery.train import fit, init, surprise
+from gallery.train import fit, surprise
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 
@@ -28,7 +30,7 @@ class Encoder(eqx.Module):
     embedding: eqx.nn.Embedding
     table: Float[Array, "buckets heads"]
     norm: eqx.nn.RMSNorm
-    attention: eqa.MultiheadAttention
+    attention: Any  # an eqa.MultiheadAttention
     feed_forward: eqa.FeedForward
     head: eqx.nn.Linear
 
@@ -48,19 +50,18 @@ class Encoder(eqx.Module):
         # that all layers share, so that it is passed to each, and not a part of it.
         return eqa.RelativeBias(self.table, bidirectional=True, max_distance=16)
 
-    def __call__(
-        self, tokens: Int[Array, " seq"], with_bias: bool
-    ) -> Float[Array, "seq vocabulary"]:
+    def __call__(self, tokens: Int[Array, " seq"]) -> Float[Array, "seq vocabulary"]:
         x = jax.vmap(self.embedding)(tokens)
         h = jax.vmap(self.norm)(x)
-        x = x + self.attention(h, h, h, score=self.bias if with_bias else ())
+        x = x + self.attention(h, h, h, score=self.bias)
         x = x + self.feed_forward(x)
         return jax.vmap(self.head)(x)
 
 
 @eqx.filter_jit
 def logits(model, tokens, with_bias):
-    return jax.vmap(lambda sequence: model(sequence, with_bias))(tokens)
+    model = eqx.tree_at(lambda m: m.table, model, model.table * with_bias)  # 0 or 1
+    return jax.vmap(model)(tokens)
 
 
 def loss(model, tokens, labels, with_bias):
@@ -73,7 +74,7 @@ def main(argv: list[str] | None = None) -> float:
     add(flags, "--batch", 16)
     add(flags, "--seq", 24, "tokens a sequence", least=BEFORE + AFTER + 1)
     args = flags.parse_args(argv)
-    rng, with_bias = np.random.default_rng(args.seed), args.without is None
+    rng, with_bias = np.random.default_rng(args.seed), np.float32(args.without is None)
 
     def draw(batch: int) -> tuple[np.ndarray, np.ndarray]:
         tokens = rng.integers(VOCABULARY, size=(batch, args.seq), dtype=np.int32)
@@ -81,14 +82,14 @@ def main(argv: list[str] | None = None) -> float:
         return tokens, np.maximum(tokens[:, :-apart], tokens[:, apart:])
 
     batches = ((*draw(args.batch), with_bias) for _ in range(args.steps))
-    model = init(Encoder, 16, 2, key=jr.key(args.seed))
+    model = Encoder(16, heads=2, key=jr.key(args.seed))
     model = fit(model, loss, batches, 1e-2)
 
     tokens, labels = draw(64)
     order = rng.permutation(args.seq)
     predicted, permuted, without, permuted_without = (
         np.asarray(logits(model, x, yes))
-        for yes in (with_bias, False)
+        for yes in (with_bias, np.float32(0))
         for x in (tokens, tokens[:, order])
     )
     accuracy = float(np.mean(predicted[:, SCORED].argmax(-1) == labels))

@@ -7,13 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, PRNGKeyArray
-
-
-@eqx.filter_jit
-def init(model: Callable[..., Any], *sizes: int, key: PRNGKeyArray) -> Any:
-    """A new model, compiled as a whole: faster than one initial weight after another."""
-    return model(*sizes, key=key)
+from jaxtyping import Array, Float, Int
 
 
 def fit(
