@@ -66,12 +66,14 @@ def test_script(name, capsys):
     assert _words(shown) == _words(printed) != []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, part, message", WITHOUT)
 def test_fails_without(name, part, message, capsys):
     with pytest.raises(AssertionError, match=message):
         _main(name, "--without", part)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_page(name):
     """What the page quotes is in the script, and the script is short."""
@@ -88,6 +90,7 @@ def test_page(name):
     assert parts == [part for other, part, _ in cases if other == name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, arguments, message",
     (
