@@ -1,0 +1,1 @@
+"""What the short examples share: how they train, and their flags."""

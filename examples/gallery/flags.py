@@ -1,0 +1,42 @@
+"""The flags that the examples have in common."""
+
+import argparse
+from collections.abc import Callable
+
+
+def parser(description: str | None, parts: tuple[str, ...]) -> argparse.ArgumentParser:
+    """A parser with `--seed`, and `--without`, which takes one of `parts`."""
+    result = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    result.add_argument(
+        "--without", choices=parts, help="leave this out, and see the example fail"
+    )
+    add(result, "--seed", 0, least=0)
+    return result
+
+
+def add(
+    parser: argparse.ArgumentParser, name: str, default: int, text: str = "", least: int = 1
+) -> None:
+    """Adds a flag for an integer of at least `least`."""
+    parser.add_argument(
+        name, type=at_least(least), default=default, help=f"{text} (default: {default})"
+    )
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """What reads an integer of at least `least`, as the `type` of a flag."""
+
+    def read(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if number < least:
+            raise argparse.ArgumentTypeError(
+                f"expected an integer of at least {least}; got {text}"
+            )
+        return number
+
+    return read
