@@ -87,8 +87,8 @@ __version__ = _version("eqx_attention")
 
 def __getattr__(name: str) -> _Any:
     # Not needed to attend, and so imported when they are first used.
-    if name == "testing":
-        return _importlib.import_module("eqx_attention.testing")
+    if name in ("benchmark", "testing"):
+        return _importlib.import_module(f"eqx_attention.{name}")
     if name == "value_and_grad_difference":
         return __getattr__("testing").value_and_grad_difference
     raise AttributeError(f"module 'eqx_attention' has no attribute {name!r}")
