@@ -2,7 +2,7 @@
 
 import os
 import pathlib
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import rich.box
 import rich.console
@@ -20,7 +20,7 @@ from .tables import heading, notes, Table, tables
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 _masks = "; ".join(f"{name}: {mask.says}" for name, mask in MASKS.items())
-_Path = Optional[pathlib.Path]  # noqa: UP007, UP045
+_Path = pathlib.Path | None
 
 
 def _option(*text: str, **more: Any) -> Any:
@@ -42,43 +42,31 @@ def _numbers(name: str, text: str | None) -> list[int] | None:
 
 @app.command()
 def benchmark(
-    sequence_length: Annotated[
-        Optional[str], _option("Lengths, with commas between.")  # noqa: UP007, UP045
-    ] = None,
+    sequence_length: Annotated[str | None, _option("Lengths, with commas between.")] = None,
     masks: Annotated[
         str, _option(f"Masks, with commas between ({_masks}; or as in window:1023).")
     ] = "full,causal,window",
-    mechanisms: Annotated[
-        Optional[str], _option("Mechanisms; default: all.")  # noqa: UP007, UP045
-    ] = None,
+    mechanisms: Annotated[str | None, _option("Mechanisms; default: all.")] = None,
     num_attention_heads: Annotated[
-        Optional[int], _option("The number of query heads.")  # noqa: UP007, UP045
+        int | None, _option("The number of query heads.")
     ] = None,
-    num_key_value_heads: Annotated[
-        Optional[int], _option("The number of key heads.")  # noqa: UP007, UP045
-    ] = None,
-    head_dim: Annotated[
-        Optional[int], _option("The channels of a head.")  # noqa: UP007, UP045
-    ] = None,
+    num_key_value_heads: Annotated[int | None, _option("The number of key heads.")] = None,
+    head_dim: Annotated[int | None, _option("The channels of a head.")] = None,
     batch: Annotated[int, _option("The batch size; default 1.")] = 1,
-    dtype: Annotated[
-        Optional[str], _option("The dtype of the operands.")  # noqa: UP007, UP045
-    ] = None,
-    chunk_size: Annotated[
-        Optional[int], _option("The size of Blockwise's tiles.")  # noqa: UP007, UP045
-    ] = None,
+    dtype: Annotated[str | None, _option("The dtype of the operands.")] = None,
+    chunk_size: Annotated[int | None, _option("The size of Blockwise's tiles.")] = None,
     compare: Annotated[
         str, _option(f"Libraries to measure beside: {', '.join(PEERS)}.")
     ] = "",
     axis_dims: Annotated[
-        Optional[list[str]],  # noqa: UP007, UP045
+        list[str] | None,
         _option("The sizes of a mesh, such as 1,1,1,-1; several times, to rank meshes."),
     ] = None,
     axis_names: Annotated[
         str, _option("The names of its axes; default: dp,fsdp,tp,sp.")
     ] = ",".join(AXIS_NAMES),
     mesh: Annotated[
-        Optional[list[str]],  # noqa: UP007, UP045
+        list[str] | None,
         _option("The same in one: dp=2,sp=4."),
     ] = None,
     rounds: Annotated[int, _option("How often all are timed in turn; default 5.")] = 5,
@@ -133,18 +121,16 @@ def _meshes(texts: list[str] | None) -> list[list[int]] | None:
     return [_numbers("axis_dims", text) or [] for text in texts]
 
 
-# A table that is as wide as this does not fit into narrower terminals.
-_WIDE = 104
-
-
 def show(report: Report) -> None:
     """Prints a report."""
     console = rich.console.Console()
-    if not console.is_terminal:
-        console.width = max(console.width, _WIDE)
-    console.print(heading(report), markup=False, highlight=False)
+    console.print(heading(report), markup=False, highlight=False, soft_wrap=True)
     for table in tables(report):
-        parts = [table] if console.width >= _WIDE else table.halves()
+        columns = zip(table.header, *table.lines, strict=True)
+        wanted = 6 + sum(1 + max(map(len, column)) for column in columns)
+        if not console.is_terminal:
+            console.width = max(console.width, wanted)
+        parts = [table] if wanted <= console.width else table.halves()
         for part in parts if table.lines else ():
             console.print(_rich_table(part))
     for note in notes(report):
@@ -156,7 +142,7 @@ def _rich_table(table: Table) -> rich.table.Table:
         title=rich.markup.escape(table.title),
         title_justify="left",
         box=rich.box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        padding=(0, 0, 0, 0),
         pad_edge=False,
     )
     for title in table.header:

@@ -97,8 +97,9 @@ def num_pairs(mask: AbstractMask, batch: int, heads: int, length: int) -> int:
     limits = _limits(mask)
     if limits is not None:
         index = np.arange(length, dtype=np.int64)
-        first = np.maximum(index + max(limits[0], -length), 0)
-        last = np.minimum(index + min(limits[1], length), length - 1)
+        least, most = int(max(limits[0], -length)), int(min(limits[1], length))
+        first = np.maximum(index + least, 0)
+        last = np.minimum(index + most, length - 1)
         return batch * heads * int(np.maximum(last - first + 1, 0).sum())
     step, total = max(1, _AT_ONCE // length), 0
     for start in range(0, length, step):
@@ -129,7 +130,7 @@ def _limits(mask: Any) -> tuple[float, float] | None:
         case Full():
             return -np.inf, np.inf
         case Causal(offset=int(offset)):
-            return -np.inf, offset
+            return -np.inf, float(offset)
         case SlidingWindow(left=int() | None, right=int() | None):
             ends = (mask.left, mask.right)
             left, right = (np.inf if x is None else float(x) for x in ends)

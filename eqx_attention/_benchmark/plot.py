@@ -34,6 +34,7 @@ def draw(report: Report, path: str | os.PathLike[str]) -> None:
     height = max(1, len(masks))
     figure = figures.Figure(figsize=(14, 3.6 * height), layout="constrained")
     axes = figure.subplots(height, len(_PANELS), squeeze=False)
+    lengths = sorted({row.sequence_length for row in report.rows})
     names = list(dict.fromkeys(row.mechanism for row in report.rows))
     for line, (mask, mesh) in zip(axes, masks, strict=False):
         rows = [row for row in report.rows if (row.mask, row.mesh) == (mask, mesh)]
@@ -43,6 +44,8 @@ def draw(report: Report, path: str | os.PathLike[str]) -> None:
             ax.set_xscale("log", base=2)
             ax.set_yscale("log")
             ax.set_xlabel("length")
+            ax.set_xticks(lengths, [str(x) for x in lengths])
+            ax.set_xticks([], minor=True)
             ax.set_ylabel(label)
             ax.grid(alpha=0.3)
             ax.set_title(f"{mask}, on {mesh}" if mesh else mask)

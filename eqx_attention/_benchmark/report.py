@@ -127,10 +127,10 @@ class Report:
         return out.getvalue()
 
     def meshes(self) -> list[tuple[str, float]]:
-        """The meshes, from the fastest to the slowest: each with how many times as long as
-        the fastest it takes, forward and backward, with the mechanism that is the fastest
-        there: the geometric mean over all masks and lengths. One that lacks some of these
-        is infinite."""
+        """The meshes, from the fastest to the slowest, each with how many times as long as
+        the fastest it takes: forward and backward, with the mechanism that is the fastest
+        there, and in the geometric mean over all masks and lengths. One on which some of
+        these were not measured is infinite."""
         best: dict[str, dict[tuple[str, int], float]] = {}
         for row in self.rows:
             times = best.setdefault(row.mesh, {})
@@ -142,9 +142,9 @@ class Report:
         def mean(times: dict[tuple[str, int], float]) -> float:
             if not cases or cases - set(times):
                 return math.inf
-            least = {x: min(t.get(x, math.inf) for t in best.values()) for x in cases}
-            logs = [math.log(times[case] / least[case]) for case in cases]
-            return math.exp(sum(logs) / len(logs))
+            return math.exp(sum(math.log(x) for x in times.values()) / len(times))
 
-        means = [(mesh, mean(times)) for mesh, times in best.items()]
-        return sorted(means, key=lambda pair: pair[1])
+        means = {mesh: mean(times) for mesh, times in best.items()}
+        least = min((x for x in means.values() if math.isfinite(x)), default=1.0)
+        ranked = sorted(means, key=lambda mesh: means[mesh])
+        return [(mesh, means[mesh] / least) for mesh in ranked]

@@ -46,9 +46,12 @@ def run_all(settings: Settings, files: Files, progress: bool) -> Report:
 
     with _watched(progress) as watch:
         measuring = Measuring(settings, watch)
-        for row in measuring.rows():
-            rows.append(row)
-            _write(report(False), files)
+        try:
+            for row in measuring.rows():
+                rows.append(row)
+                _write(report(False), files)
+        except KeyboardInterrupt:  # between two cases
+            measuring.interrupted = True
     found = report(measuring.interrupted)
     _write(found, files)
     if files.plot is not None:

@@ -117,6 +117,8 @@ def settings_of(
             raise ValueError(
                 f"{name}: expected some of {', '.join(known)}; got {', '.join(unknown)}."
             )
+    if mechanisms is not None and not mechanisms and not compare:
+        raise ValueError("mechanisms: expected at least one, or something to compare.")
     return Settings(
         places=places,
         lengths=lengths,

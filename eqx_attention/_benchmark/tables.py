@@ -44,7 +44,7 @@ def tables(report: Report) -> list[Table]:
 def _header(small: bool) -> tuple[str, ...]:
     rate = "GFLOP/s" if small else "TFLOP/s"
     times = ("fwd ms", rate, "f+b ms", rate, "of matmul", "MiB")
-    return ("length", "mechanism", *times, "error", "of grad", "norm ratio", "max grad")
+    return ("length", "mechanism", *times, "error", "grad error", "norm ratio", "max grad")
 
 
 def _table(mesh: str, mask: str, rows: list[Row], small: bool) -> Table:
