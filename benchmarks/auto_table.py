@@ -4,10 +4,10 @@ python benchmarks/auto_table.py benchmarks/results/gpu.json
 """
 
 import json
-import os
 import pathlib
 import sys
 
+from eqx_attention._benchmark.files import write_text
 from eqx_attention._mechanism.measured import TABLE
 from gpu.cases import TIMED
 
@@ -32,9 +32,7 @@ def main() -> None:
     report = json.loads(pathlib.Path(sys.argv[1]).read_text())
     lines = ",\n".join(f"  {json.dumps(row)}" for row in rows(report))
     text = f'{{\n "device": "{report["device"]}",\n "rows": [\n{lines}\n ]\n}}\n'
-    unfinished = TABLE.with_name(f"{TABLE.name}.part")
-    unfinished.write_text(text)
-    os.replace(unfinished, TABLE)
+    write_text(TABLE, text)
 
 
 if __name__ == "__main__":

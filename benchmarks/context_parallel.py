@@ -24,8 +24,6 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from gpu.clock import ROUNDS, seconds
-
 
 _HIDING = ("--xla_gpu_enable_latency_hiding_scheduler=true",)
 _LIMIT = "collective_overlap_limit=2"
@@ -249,13 +247,12 @@ class Results:
 
     def __init__(self, path: pathlib.Path, head: dict[str, Any]):
         self.path, self.found = path, {**head, "errors": [], "rows": [], "failures": []}
-        path.parent.mkdir(parents=True, exist_ok=True)
 
     def add(self, kind: str, row: dict[str, Any]) -> None:
+        from eqx_attention._benchmark.files import write_text
+
         self.found[kind].append(row)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.found, indent=1) + "\n")
-        os.replace(temporary, self.path)
+        write_text(self.path, json.dumps(self.found, indent=1) + "\n")
 
     def failed(self, error: Exception, **row: Any) -> None:
         text = " ".join(str(error).split())[:600]
@@ -282,6 +279,7 @@ def time_case(
     bench: Benchmark, results: Results, case: Case, which: str, strategies: list[str]
 ) -> None:
     import jax
+    from gpu.clock import in_turn, ROUNDS
 
     alone = bench.alone() if case.length <= LONGEST_ALONE else ()
     made: dict[str, Prepared] = {}
@@ -295,9 +293,9 @@ def time_case(
             results.failed(error, strategy=strategy, **at)
     times: dict[str, list[float]] = {name: [] for name in made}
     rounds = ROUNDS if case.length <= LONGEST_ALONE else 1
-    for _ in range(rounds):
-        for name, prepared in made.items():
-            times[name].append(seconds(prepared.call, jax.block_until_ready))
+    calls = {name: prepared.call for name, prepared in made.items()}
+    for name, took in in_turn(calls, jax.block_until_ready, rounds):
+        times[name].append(took)
     medians = {name: statistics.median(x) for name, x in times.items()}
     best = min((medians[name], name) for name in alone) if alone and medians else None
     flops = 4 * case.pairs * HEADS * DIM * PASSES[which]

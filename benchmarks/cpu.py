@@ -21,13 +21,15 @@ import platform
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 
 import eqx_attention as eqa
 import jax
 import jax.numpy as jnp
 import numpy as np
+from eqx_attention._benchmark import clock
+from eqx_attention._benchmark.files import write_text
+from eqx_attention._device import processor
 
 
 HEADS, DIM = 8, 64
@@ -96,11 +98,8 @@ def in_turn(made: dict[str, Callable[[], None]], repeats: int) -> dict[str, list
     for run in made.values():
         run()
     times: dict[str, list[float]] = {name: [] for name in made}
-    for _ in range(repeats):
-        for name, run in made.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(1e3 * (time.perf_counter() - start))
+    for name, took in clock.in_turn(made, lambda out: out, repeats, at_least=0):
+        times[name].append(1e3 * took)
     return times
 
 
@@ -245,27 +244,15 @@ def machine() -> dict:
     installed = [p for p in packages if importlib.util.find_spec(p) is not None]
     return {
         "date": datetime.date.today().isoformat(),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         "versions": {p: importlib.metadata.version(p) for p in installed},
     }
 
 
-def _processor() -> str:
-    info = pathlib.Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()
-
-
 def write(results: dict, path: pathlib.Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(results, indent=1) + "\n")
 
 
 def main() -> None:

@@ -12,7 +12,6 @@ On a CPU, or with `--quick`, shapes are small.
 import argparse
 import dataclasses
 import json
-import os
 import pathlib
 import re
 import statistics
@@ -24,7 +23,8 @@ import eqx_attention as eqa
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from gpu.clock import seconds
+from eqx_attention._benchmark.files import write_text
+from gpu.clock import in_turn, seconds
 
 
 HEADS, KV_HEADS, DIM, PAGE, ROUNDS = 32, 8, 128, 64, 5
@@ -146,9 +146,7 @@ def made(
 
 
 def write(path: pathlib.Path, report: dict[str, Any]) -> None:
-    unfinished = path.with_name(f"{path.name}.part")
-    unfinished.write_text(json.dumps(report, indent=1) + "\n")
-    os.replace(unfinished, path)
+    write_text(path, json.dumps(report, indent=1) + "\n")
 
 
 def main() -> None:
@@ -181,9 +179,8 @@ def main() -> None:
                 case = (kind, variant, batch, length, dtype, args.mechanisms)
                 calls, notes, size = made(*case)
                 rounds: dict[str, list[float]] = {name: [] for name in calls}
-                for _ in range(ROUNDS):
-                    for name, call in calls.items():
-                        rounds[name].append(seconds(call, jax.block_until_ready))
+                for name, took in in_turn(calls, jax.block_until_ready, ROUNDS):
+                    rounds[name].append(took)
                 for name, error in notes.items():
                     row = {"batch": batch, "length": length, "cache": kind}
                     row |= {"variant": title, "mechanism": name, "error": error}

@@ -89,7 +89,7 @@ __version__ = _version("eqx_attention")
 
 def __getattr__(name: str) -> _Any:
     # Not needed to attend, and so imported when they are first used.
-    if name in ("extend", "testing"):
+    if name in ("benchmark", "extend", "testing"):
         return _importlib.import_module(f"eqx_attention.{name}")
     if name == "value_and_grad_difference":
         return __getattr__("testing").value_and_grad_difference

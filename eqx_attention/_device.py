@@ -1,5 +1,9 @@
 """What is known of the devices at trace time."""
 
+import functools as ft
+import os
+import pathlib
+import platform as platform_
 from typing import Any
 
 import jax
@@ -17,6 +21,28 @@ def compute_capability() -> tuple[int, int]:
         return 0, 0
     major, _, minor = str(getattr(devices[0], "compute_capability", "")).partition(".")
     return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else (0, 0)
+
+
+@ft.cache
+def processor() -> str:
+    """The model of this machine's processor, and how many cores this process may use."""
+    info, model = pathlib.Path("/proc/cpuinfo"), platform_.processor()
+    if info.exists():
+        names = [x for x in info.read_text().splitlines() if x.startswith("model name")]
+        model = names[0].partition(":")[2].strip() if names else model
+    affinity = getattr(os, "sched_getaffinity", None)  # not on every system
+    cores = os.cpu_count() if affinity is None else len(affinity(0))
+    return f"{model or platform_.machine()}, {cores} cores"
+
+
+def device_name(platform: str) -> str | None:
+    """What figures are said to be measured on; None if this machine has no such device."""
+    if platform == "cpu":
+        return processor()
+    try:
+        return jax.devices(platform)[0].device_kind
+    except RuntimeError:
+        return None
 
 
 def num_multiprocessors() -> int:

@@ -9,10 +9,8 @@ import argparse
 import functools as ft
 import itertools as it
 import json
-import os
 import pathlib
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -21,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from ._benchmark.clock import in_turn
+from ._benchmark.files import write_text
 from ._call import call_of
 from ._device import compute_capability
 from ._mask import Causal, Full
@@ -35,7 +35,8 @@ SHAPES = (
     (1, 8192, 16, 192, 128),
     (2, 4096, 8, 256, 256),
 )
-_ROUNDS, _CALLS = 7, 5
+# Rounds, and seconds of each in which a candidate is called.
+_ROUNDS, _AT_LEAST = 7, 0.01
 
 
 def requests(shape: tuple[int, ...], masked: bool) -> tuple[Request, Array]:
@@ -118,15 +119,8 @@ def calls(
 def milliseconds(calls: dict[Any, Callable[[], Any]]) -> dict[Any, float]:
     """The medians of a few rounds, in each of which all are timed in turn."""
     rounds: dict[Any, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        jax.block_until_ready(call())
-    for _ in range(_ROUNDS):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            for _ in range(_CALLS):
-                out = call()
-            jax.block_until_ready(out)
-            rounds[name].append((time.perf_counter() - start) / _CALLS * 1e3)
+    for name, took in in_turn(calls, jax.block_until_ready, _ROUNDS, _AT_LEAST):
+        rounds[name].append(took * 1e3)
     return {name: statistics.median(took) for name, took in rounds.items()}
 
 
@@ -153,9 +147,7 @@ def write(path: pathlib.Path, table: dict[str, Any]) -> None:
 
     parts = [f' "{k}": {json.dumps(x)}' for k, x in table.items() if isinstance(x, str)]
     parts += [f' "{k}": [\n{lines(table[k])}\n ]' for k in ("forward", "backward")]
-    unfinished = path.with_name(f"{path.name}.part")
-    unfinished.write_text("{\n" + ",\n".join(parts) + "\n}\n")
-    os.replace(unfinished, path)
+    write_text(path, "{\n" + ",\n".join(parts) + "\n}\n")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -17,6 +17,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["XLA_FLAGS"] = " ".join(_flags)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
+os.environ.pop("EQX_ATTENTION_TABLE", None)  # What `Auto` chooses, on any machine.
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402

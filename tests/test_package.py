@@ -36,7 +36,7 @@ assert not jax._src.xla_bridge._backends, "the import started a backend"
     modules = _run(code).split()
     assert "eqx_attention._attention" in modules
     heavy = re.compile(
-        r"matplotlib|optax|hypothesis|pytest|scipy|tqdm|torch"
+        r"matplotlib|typer|rich|optax|hypothesis|pytest|scipy|tqdm|torch"
         r"|jax\.experimental\.pallas|jax\._src\.pallas"
         r"|eqx_attention\.(testing|benchmark)"
     )
@@ -58,10 +58,12 @@ print(time.perf_counter() - start)
 
 def test_lazy_submodules():
     code = """
+import sys
 import eqx_attention as eqa
-print(eqa.testing.__name__)
+print(eqa.testing.__name__, eqa.benchmark.__name__)
+print(*(name for name in ("matplotlib", "rich", "typer") if name in sys.modules))
 """
-    assert _run(code).strip() == "eqx_attention.testing"
+    assert _run(code).split() == ["eqx_attention.testing", "eqx_attention.benchmark"]
 
 
 def test_unknown_attribute():
@@ -79,7 +81,7 @@ def test_metadata():
     required = metadata.get_all("Requires-Dist") or []
     always = {re.split(r"[^\w-]", name)[0] for name in required if "extra" not in name}
     assert always == {"beartype", "equinox", "jax", "jaxtyping"}
-    extras = {"cuda12", "cuda13", "examples"}
+    extras = {"benchmark", "cuda12", "cuda13", "examples"}
     assert set(metadata.get_all("Provides-Extra") or []) == extras
 
 

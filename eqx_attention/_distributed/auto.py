@@ -15,6 +15,11 @@ class Auto(AbstractMechanism):
     else [`eqx_attention.Vanilla`][] where its weights are small, as for short sequences,
     and [`eqx_attention.Blockwise`][] where not.
 
+    If the environment variable `EQX_ATTENTION_TABLE` names a table that
+    `python -m eqx_attention.benchmark --save-table` wrote on such a device, then what was
+    the fastest there, of many queries over keys that are arrays. It is read when a call is
+    traced, and a `ValueError` is raised if that is missing or odd.
+
     Where a sharding splits the queries and the keys, the strategy that takes the least
     time by a model of the bytes that are moved, of the operations, and of the work of the
     busiest device; on each device, the mechanism is chosen as above.

@@ -7,6 +7,7 @@ from .cudnn import CuDNN
 from .decode import Decode
 from .flash import Flash
 from .measured import faster
+from .saved_table import most_like
 from .splash import Splash
 from .vanilla import Vanilla, weights_bytes
 
@@ -18,6 +19,8 @@ _SMALL = 2**21
 # reads keys nearly as fast as memory gives them: benchmarks/decode.py.
 _FEW = 8
 _MANY = 2**24
+# Those that a table of this machine may speak of.
+_MEASURED = {"flash": Flash, "cudnn": CuDNN, "blockwise": Blockwise, "vanilla": Vanilla}
 
 
 def choose(request: Request) -> tuple[AbstractMechanism, str]:
@@ -29,6 +32,8 @@ def choose(request: Request) -> tuple[AbstractMechanism, str]:
         return able["cudnn"], f"there are at most {_FEW} queries"
     if few and able:
         return Decode(), f"there are at most {_FEW} queries"
+    if not few and (found := _by_saved_table(request)) is not None:
+        return found
     if len(able) == 2:
         name, why = faster(request)
         return able[name], why
@@ -53,6 +58,28 @@ def choose(request: Request) -> tuple[AbstractMechanism, str]:
         return Vanilla(), why + refused
     why = f"all weights would be {mib:.1f} MiB, more than {limit:.0f} MiB"
     return Blockwise(), why + refused
+
+
+def _by_saved_table(request: Request) -> tuple[AbstractMechanism, str] | None:
+    """What was the fastest on this machine, if its user has a table that says so."""
+    found = None if is_stored(request.key_, request.value) else most_like(request)
+    if found is None:
+        return None
+    row, tried = found.row, {name: x() for name, x in _MEASURED.items()}
+    able = [n for n, x in tried.items() if n in row.ms and not x.unsupported(request)]
+    if weights_bytes(request) > row.weights * request.dtype.itemsize:
+        # Its memory grows with their number, and so may its time.
+        able = [name for name in able if name != "vanilla"]
+    if not able:
+        return None
+    best = min(able, key=lambda name: row.ms[name])
+    others = ", ".join(f"{n} {ms:.3f}" for n, ms in row.ms.items() if n != best)
+    why = (
+        f"{row.ms[best]:.3f} ms (against {others or 'no other'}), forward and backward, at "
+        f"(batch, length, heads, key heads, head_dim) = {row.shape}, "
+        f"{'causal' if row.masked else 'without a mask'}, {row.dtype}, by {found.path}"
+    )
+    return tried[best], why
 
 
 def _key_bytes(request: Request) -> int:

@@ -294,6 +294,19 @@ dense_gradients = eqx.filter_jit(  # pyright: ignore[reportCallIssue]
 )
 
 
+def gradients_of(
+    arguments: dict[str, Any], prepared: dict[str, Any], dout: Any, dlse: Any = None
+) -> Gradients:
+    """The gradients by all arguments, of what `prepare` returned, in float64."""
+    with jax.enable_x64(True):
+        zero = np.zeros(dout.shape[:-1])
+        cotangents = _cast((dout, zero if dlse is None else dlse), jnp.float64)
+        arguments = _cast(arguments, jnp.float64)
+        dtypes = (jnp.float64, jnp.float64)
+        result = dense_gradients(arguments, prepared, *cotangents, *dtypes)
+        return Gradients(*jax.tree.map(np.asarray, result))
+
+
 def reference_gradients(
     query: Float[Array, "*batch q_len q_heads head_dim"],
     key_: Float[Array, "*batch kv_len kv_heads head_dim"],
@@ -335,10 +348,4 @@ def reference_gradients(
     )
     arguments = dict(query=query, key_=key_, value=value, score=score)
     arguments |= {n: x for n, x in dict(sinks=sinks, scale=scale).items() if x is not None}
-    with jax.enable_x64(True):
-        zero = np.zeros(dout.shape[:-1])
-        cotangents = _cast((dout, zero if dlse is None else dlse), jnp.float64)
-        arguments = _cast(arguments, jnp.float64)
-        dtypes = (jnp.float64, jnp.float64)
-        result = dense_gradients(arguments, options, *cotangents, *dtypes)
-        return Gradients(*jax.tree.map(np.asarray, result))
+    return gradients_of(arguments, options, dout, dlse)

@@ -39,7 +39,10 @@ def positions(
 
 
 class Pairs(NamedTuple):
-    """Where each pair is. All have the rank of `(*batch, head, query, key)`."""
+    """Where each pair is. All have the rank of `(*batch, head, query, key)`.
+
+    `rows` are the indices of the queries, if these are not all queries.
+    """
 
     batch: tuple[int, ...]
     q_pos: np.ndarray  # (*batch or 1s, 1, q_len, 1)
@@ -47,6 +50,7 @@ class Pairs(NamedTuple):
     q_index: np.ndarray
     kv_index: np.ndarray
     head: np.ndarray  # (1s, q_heads, 1, 1)
+    rows: np.ndarray | None = None
 
     def number(self, x: Any) -> Any:
         """A number, or one a batch element."""
@@ -56,11 +60,15 @@ class Pairs(NamedTuple):
 
     def token(self, x: Any, side: str) -> Any:
         """An array `"*#batch len"` of one side."""
+        if side == "query" and self.rows is not None:
+            x = x[..., self.rows]
         *batch, size = np.shape(x)
         return self._full(x, batch, (1, size, 1) if side == "query" else (1, 1, size))
 
     def pair(self, x: Any) -> Any:
         """An array `"*#batch #q_heads #q_len #kv_len"`."""
+        if self.rows is not None and np.ndim(x) > 1 and np.shape(x)[-2] > 1:
+            x = x[..., self.rows, :]
         shape = (1,) * (3 - np.ndim(x)) + np.shape(x)
         return self._full(x, shape[:-3], shape[-3:])
 
@@ -80,10 +88,10 @@ class Pairs(NamedTuple):
         )
 
 
-def pairs_of(batch, q_heads, q_len, kv_len, q_positions, kv_positions) -> Pairs:
+def pairs_of(batch, q_heads, q_len, kv_len, q_positions, kv_positions, rows=None) -> Pairs:
     q_pos, kv_pos = positions(q_len, kv_len, q_positions, kv_positions)
     empty = np.zeros(0, np.int32)
-    pairs = Pairs(tuple(batch), empty, empty, empty, empty, empty)
+    pairs = Pairs(tuple(batch), empty, empty, empty, empty, empty, rows)
     ones = (1,) * len(pairs.batch)
     return pairs._replace(
         q_pos=pairs.token(q_pos, "query"),
