@@ -81,7 +81,7 @@ def test_metadata():
     required = metadata.get_all("Requires-Dist") or []
     always = {re.split(r"[^\w-]", name)[0] for name in required if "extra" not in name}
     assert always == {"beartype", "equinox", "jax", "jaxtyping"}
-    extras = {"benchmark", "cuda12", "cuda13", "examples"}
+    extras = {"benchmark", "cuda12", "cuda13", "examples", "pretrained"}
     assert set(metadata.get_all("Provides-Extra") or []) == extras
 
 
