@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from beartype import beartype
 from jax.sharding import AbstractMesh, Mesh
-from jaxtyping import jaxtyped, PyTree
+from jaxtyping import jaxtyped
 
 from ._describe import describe, parse, Parts, Placeholder, rebuild
 from ._errors import SerialisationError
@@ -43,7 +43,7 @@ _HEADER = {
 
 
 @jaxtyped(typechecker=beartype)
-def save(path: str | os.PathLike[str], module: PyTree) -> None:
+def save(path: str | os.PathLike[str], module: Any) -> None:
     """Saves a module to a file, whole: what it is made of as well as its arrays.
 
     !!! example
@@ -175,8 +175,8 @@ def load(
     path: str | os.PathLike[str],
     *,
     mesh: Mesh | AbstractMesh | None = None,
-    functions: Mapping[str, Callable] = {},
-) -> PyTree:
+    functions: Mapping[str, Callable[..., Any]] = {},
+) -> Any:
     """Loads what [`eqx_attention.save`][] saved.
 
     Everything about the file is checked before any array is made: whose it is, its
