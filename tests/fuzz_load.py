@@ -198,7 +198,7 @@ def _shapes(rng: random.Random, file: File) -> bytes:
                 * jnp.dtype(leaf["dtype"]).itemsize
                 for leaf in file.header["leaves"]
             ]
-        except (TypeError, ValueError):
+        except (OverflowError, TypeError, ValueError):
             return file.bytes()
         file.header["payload_bytes"] = sum(sizes)
         if 0 <= sum(sizes) < 2**20:
