@@ -50,7 +50,7 @@ def test_ten_thousand_damaged_files():
 @pytest.fixture(scope="module")
 def every_frame():
     """Tracebacks tell which library an error comes from; and JAX is as users have it."""
-    before = jax.config.jax_traceback_filtering
+    before = jax.config.jax_traceback_filtering  # pyright: ignore
     jax.config.update("jax_traceback_filtering", "off")
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
