@@ -56,6 +56,9 @@ WRONG_VALUES = {
     "Prefix(length)": lambda: eqa.Prefix(-1),
     "Chunked(size)": lambda: eqa.Chunked(0),
     "SoftCap(cap)": lambda: eqa.SoftCap(0.0),
+    "q_len: expected at least 0": lambda: eqa.dropout_mask(
+        jax.random.key(0), 0.5, (2,), 4, -1, 3
+    ),
     "kv_len: expected at least 0": lambda: eqa.block_mask(eqa.Causal(), 5, -1),
     "scale": lambda: eqa.attend(Q, K, V, scale=0.0),
     "scale: expected a finite number": lambda: eqa.Attention(scale=-1),
