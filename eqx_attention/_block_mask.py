@@ -51,11 +51,15 @@ def block_mask(
     A mask that sees the same pairs.
 
     **Raises:** `TypeError` if the mask does not fit the lengths; `ValueError` if
-        `num_heads` is needed.
+        `num_heads` is needed, a length is negative, or a tile has no tokens.
     """
-    for name, size in (("block_q", block_q), ("block_k", block_k)):
-        if size < 1:
-            raise ValueError(f"{name}: expected at least 1, got {size}.")
+    sizes = dict(q_len=q_len, kv_len=kv_len, block_q=block_q, block_k=block_k)
+    for name, size in sizes.items():
+        least = 1 if name.startswith("block") else 0
+        if isinstance(size, bool):
+            raise TypeError(f"{name}: expected an integer, got {size}.")
+        if size < least:
+            raise ValueError(f"{name}: expected at least {least}, got {size}.")
     mask = as_mask(mask)
     bound = Bound(mask, q_len, kv_len, num_heads, q_positions, kv_positions)
     sizes = bound.sizes

@@ -81,9 +81,13 @@ def dropout_mask(
     Booleans of shape `(*batch_shape, num_heads, q_len, kv_len)`. A weight that is kept is
     multiplied by `1 / (1 - rate)`.
 
-    **Raises:** `ValueError` if `rate` is not in [0, 1).
+    **Raises:** `ValueError` if `rate` is not in [0, 1), or a size is negative.
     """
     check_rate("dropout", rate)
+    sizes = dict(batch_shape=min(batch_shape, default=0), num_heads=num_heads)
+    for name, size in (sizes | dict(q_len=q_len, kv_len=kv_len)).items():
+        if size < 0:
+            raise ValueError(f"{name}: expected at least 0, got {size}.")
     bits = dropout(key, rate, batch_shape, num_heads, q_len, kv_len)
     return bits.keep().reshape(*batch_shape, num_heads, q_len, kv_len)
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from beartype import beartype
 from jax.sharding import AbstractMesh, Mesh
-from jaxtyping import jaxtyped, PyTree
+from jaxtyping import jaxtyped
 
 from ._describe import describe, parse, Parts, Placeholder, rebuild
 from ._errors import SerialisationError
@@ -26,6 +26,8 @@ from ._known import dtypes
 VERSION = 1
 _START = b'{"format": "eqx_attention", "version": '
 _UNKNOWN = "0" * 64
+_MAX_HEADER = 2**24  # JSON may take 25 times its length in memory
+_TOO_LONG = "its header, which names every part, is longer than 16 MiB"
 _KEYS = {"threefry2x32": 2, "rbg": 4, "unsafe_rbg": 4}
 _WIDE = ("int64", "uint64", "float64", "complex128")
 _WEAK = ("int32", "float32", "complex64", "int64", "float64", "complex128")
@@ -43,7 +45,7 @@ _HEADER = {
 
 
 @jaxtyped(typechecker=beartype)
-def save(path: str | os.PathLike[str], module: PyTree) -> None:
+def save(path: str | os.PathLike[str], module: Any) -> None:
     """Saves a module to a file, whole: what it is made of as well as its arrays.
 
     !!! example
@@ -85,6 +87,8 @@ def save(path: str | os.PathLike[str], module: PyTree) -> None:
         "structure": structure,
     }
     header["payload_bytes"] = sum(_num_bytes(entry) for entry in header["leaves"])
+    if len(_line(header)) > _MAX_HEADER:
+        raise SerialisationError(f"the module has too many parts: {_TOO_LONG}.")
     _write(os.path.realpath(path), header, parts.leaves)
 
 
@@ -175,8 +179,8 @@ def load(
     path: str | os.PathLike[str],
     *,
     mesh: Mesh | AbstractMesh | None = None,
-    functions: Mapping[str, Callable] = {},
-) -> PyTree:
+    functions: Mapping[str, Callable[..., Any]] = {},
+) -> Any:
     """Loads what [`eqx_attention.save`][] saved.
 
     Everything about the file is checked before any array is made: whose it is, its
@@ -245,7 +249,9 @@ def _read_header(file: BinaryIO) -> tuple[dict[str, Any], int]:
         if start and _START.startswith(start):
             _truncated("within the header")
         raise SerialisationError("not an eqx_attention file.")
-    line = start + file.readline(1 << 28)
+    line = start + file.readline(_MAX_HEADER - len(start))
+    if len(line) == _MAX_HEADER and not line.endswith(b"\n"):
+        _corrupted(_TOO_LONG)
     try:
         header = parse(line)
     except ValueError as error:

@@ -12,8 +12,14 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     _flags = os.environ.get("XLA_FLAGS", "").split()
     _flags += ["--xla_force_host_platform_device_count=8"]
     if "--thorough" not in sys.argv:
-        # Most of what is computed here is computed once: this compiles twice as fast.
-        _flags += ["--xla_backend_optimization_level=0"]
+        # Most of what is computed here is computed once, and most of the time goes to
+        # compiling. Without optimisation it takes half of that, with the older of XLA's two
+        # code generators (while it has both) and one module a program a third of the rest.
+        _flags += [
+            "--xla_backend_optimization_level=0",
+            "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
+            "--xla_cpu_parallel_codegen_split_count=1",
+        ]
     os.environ["XLA_FLAGS"] = " ".join(_flags)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")

@@ -35,6 +35,8 @@ WRONG_SHAPES_AND_DTYPES = {
     "array": lambda: eqa.Dense(jnp.ones((5, 7))),
     "mask": lambda: eqa.attend(Q, K, V, mask=jnp.ones((5, 7))),
     "score[0].slopes": lambda: eqa.attend(Q, K, V, score=eqa.ALiBi.standard(3)),
+    "ALiBi.standard(num_heads)": lambda: eqa.ALiBi.standard(True),
+    "q_len: expected an integer": lambda: eqa.block_mask(eqa.Causal(), True, 5),
     "sinks": lambda: eqa.attend(Q, K, V, sinks=jnp.zeros(3)),
     "q_positions": lambda: eqa.attend(Q, K, V, q_positions=jnp.arange(6)),
     "kv_positions": lambda: eqa.attend(Q, K, V, kv_positions=jnp.arange(7.0)),
@@ -54,6 +56,10 @@ WRONG_VALUES = {
     "Prefix(length)": lambda: eqa.Prefix(-1),
     "Chunked(size)": lambda: eqa.Chunked(0),
     "SoftCap(cap)": lambda: eqa.SoftCap(0.0),
+    "q_len: expected at least 0": lambda: eqa.dropout_mask(
+        jax.random.key(0), 0.5, (2,), 4, -1, 3
+    ),
+    "kv_len: expected at least 0": lambda: eqa.block_mask(eqa.Causal(), 5, -1),
     "scale": lambda: eqa.attend(Q, K, V, scale=0.0),
     "scale: expected a finite number": lambda: eqa.Attention(scale=-1),
     "dropout": lambda: eqa.attend(Q, K, V, dropout=1.0, key=jax.random.key(0)),

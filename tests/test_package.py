@@ -1,6 +1,7 @@
 """What `import eqx_attention` brings in, and what is in the wheel."""
 
 import importlib.metadata
+import os
 import pathlib
 import re
 import subprocess
@@ -14,9 +15,13 @@ import pytest
 _root = pathlib.Path(__file__).parent.parent
 
 
-def _run(code: str) -> str:
+def _run(code: str, **environment: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=_root
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=_root,
+        env=os.environ | environment,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -36,24 +41,27 @@ assert not jax._src.xla_bridge._backends, "the import started a backend"
     modules = _run(code).split()
     assert "eqx_attention._attention" in modules
     heavy = re.compile(
-        r"matplotlib|typer|rich|optax|hypothesis|pytest|scipy|tqdm|torch"
+        r"matplotlib|optax|hypothesis|pytest|scipy|tqdm|torch|typer|rich|click"
         r"|jax\.experimental\.pallas|jax\._src\.pallas"
         r"|eqx_attention\.(testing|benchmark)"
     )
     assert [name for name in modules if heavy.match(name)] == []
 
 
-def test_import_is_quick():
+def test_import_is_quick(tmp_path):
     """The package adds little to the time that jax and equinox take to import."""
     code = """
 import time
-import beartype, equinox, jax
-start = time.perf_counter()
+import equinox, jax
+start = time.process_time()
 import eqx_attention
-print(time.perf_counter() - start)
+print(time.process_time() - start)
 """
-    # Measured at a fraction of this; the rest is for busy machines.
-    assert min(float(_run(code)) for _ in range(3)) < 2.0
+    # The first import compiles to bytecode, as installing does.
+    bytecode = dict(PYTHONDONTWRITEBYTECODE="", PYTHONPYCACHEPREFIX=str(tmp_path))
+    seconds = [float(_run(code, **bytecode)) for _ in range(3)]
+    # 0.2 to 0.3 where it was measured.
+    assert min(seconds) < 0.6, seconds
 
 
 def test_lazy_submodules():

@@ -444,6 +444,25 @@ def test_forge_is_a_good_file(path):
     assert same(eqa.load(path), eqa.ALiBi(jnp.zeros(2)))
 
 
+def test_long_headers(path, monkeypatch):
+    """JSON of empty lists would take 25 times its length in memory."""
+    forge(path, structure=1)
+    line = path.read_bytes().removesuffix(b"1}\n")
+    path.write_bytes(line + b"[" + b"[]," * (2**24 // 3) + b"[]]}\n")
+    tracemalloc.start()
+    refuse(path, "corrupted", "longer than 16 MiB")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**26
+    path.unlink()
+    monkeypatch.setattr(_serialise, "_MAX_HEADER", 600)
+    eqa.save(path, [1] * 20)
+    assert eqa.load(path) == [1] * 20
+    with pytest.raises(eqa.SerialisationError, match="too many parts"):
+        eqa.save(path, [1] * 200)
+    assert eqa.load(path) == [1] * 20
+
+
 @pytest.mark.parametrize(
     "shape",
     [[2**39], [2**20] * 32, [2**39, 0, 2], [-2], [2.0], [True, True], "2", [1] * 40, None],

@@ -1,5 +1,5 @@
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import equinox as eqx
 import jax
@@ -9,12 +9,19 @@ from beartype import beartype
 from jaxtyping import Array, jaxtyped, PRNGKeyArray, PyTree, Shaped
 
 
+# Of any structure; checked when called, free to a type checker.
+if TYPE_CHECKING:
+    _Tokens = Any
+else:
+    _Tokens = PyTree[Shaped[Array, "seq ..."]]
+
+
 def _is_narrow_float(x: Any) -> bool:
     return eqx.is_inexact_array(x) and jnp.finfo(x.dtype).bits < 32
 
 
 def tokenwise(
-    module: Callable[..., PyTree],
+    module: Callable[..., Any],
     x: Shaped[Array, "seq ..."],
     indices: Shaped[Array, " seq"],
     key: PRNGKeyArray | None,
@@ -28,13 +35,13 @@ def tokenwise(
 
 @jaxtyped(typechecker=beartype)
 def blockwise(
-    module: Callable[..., PyTree],
+    module: Callable[..., Any],
     x: Shaped[Array, "seq ..."],
     block_size: int,
     policy: Callable[..., Any] | None = None,
     *,
     key: PRNGKeyArray | None = None,
-) -> PyTree[Shaped[Array, "seq ..."]]:
+) -> _Tokens:
     r"""Applies a module to every token of a sequence, one block of tokens after
     another. What a block computes on the way, such as the hidden layer of a
     feed-forward network, is thrown away when the block is done, and computed again in

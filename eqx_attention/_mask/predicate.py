@@ -47,11 +47,11 @@ class Predicate(AbstractMask):
 
     def __init__(
         self,
-        fn: Callable,
+        fn: Callable[..., Any],
         q_features: PyTree[Array] = (),
         kv_features: PyTree[Array] = (),
-        params: PyTree = (),
-        summary: Callable | None = None,
+        params: Any = (),
+        summary: Callable[..., Any] | None = None,
     ):
         """**Arguments:**
 

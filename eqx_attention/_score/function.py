@@ -94,10 +94,10 @@ class ScoreFn(AbstractScore):
 
     def __init__(
         self,
-        fn: Callable,
+        fn: Callable[..., Any],
         q_features: PyTree[Array] = (),
         kv_features: PyTree[Array] = (),
-        params: PyTree = (),
+        params: Any = (),
     ):
         """**Arguments:**
 

@@ -55,7 +55,14 @@ class ALiBi(AbstractScore):
         """The slopes of the paper: for $n$ heads, a geometric sequence that starts at
         $2^{-8/n}$, with that as its ratio. Between powers of two, the sequence of the lower
         one is followed by every other slope of the higher one.
+
+        **Raises:** `TypeError` if `num_heads` is not a Python integer; `ValueError` if it
+            is less than one.
         """
+        if isinstance(num_heads, bool) or not isinstance(num_heads, int):
+            raise TypeError(
+                f"ALiBi.standard(num_heads): expected an integer, got {num_heads!r}."
+            )
         if num_heads < 1:
             raise ValueError(f"ALiBi.standard(num_heads): expected >= 1, got {num_heads}.")
         lower = 2 ** math.floor(math.log2(num_heads))
