@@ -1,7 +1,7 @@
 """Fine-tunes a model by adapters of low rank (LoRA), and leaves all else as it is.
 
     uv run examples/fine_tune.py
-    uv run examples/fine_tune.py --without-mask    # sees what comes later, and fails
+    uv run examples/fine_tune.py --without mask    # sees what comes later, and fails
 
 The model says, at each token, the mean over the tokens so far of some linear function of
 them. It is trained for one function, and then fine-tuned for another, which differs from
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import optax
-from flags import flags
+from gallery.flags import flags
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 

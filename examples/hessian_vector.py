@@ -1,7 +1,7 @@
 """The sharpest direction of a loss: Hessian-vector products through attention.
 
     uv run examples/hessian_vector.py
-    uv run examples/hessian_vector.py --without-mask    # of another loss, and fails
+    uv run examples/hessian_vector.py --without mask    # of another loss, and fails
 
 The derivative of a gradient along a vector, forward over reverse, is the Hessian times that
 vector, at a few times the cost of the gradient. Such products alone lead to the eigenvalue
@@ -15,7 +15,7 @@ import eqx_attention as eqa
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flags import flags
+from gallery.flags import flags
 from jaxtyping import Array, Float
 
 

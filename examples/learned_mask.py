@@ -1,7 +1,7 @@
 """A mask that the model computes: tokens see those that it puts in the same group.
 
     uv run examples/learned_mask.py
-    uv run examples/learned_mask.py --without-mask    # all see all, and fails
+    uv run examples/learned_mask.py --without mask    # all see all, and fails
 
 Tokens of several sources come mixed, and each has to say what its source says on average.
 A router puts each token in a group. It learns by a score, through which gradients flow: a
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import optax
-from flags import flags
+from gallery.flags import flags
 from jaxtyping import Array, Float, PRNGKeyArray
 
 

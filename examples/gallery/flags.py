@@ -6,13 +6,35 @@ from collections.abc import Callable
 
 def parser(description: str | None, parts: tuple[str, ...]) -> argparse.ArgumentParser:
     """A parser with `--seed`, and `--without`, which takes one of `parts`."""
+    result = _parser(description, parts)
+    add(result, "--seed", 0, least=0)
+    return result
+
+
+def flags(
+    argv: list[str] | None, doc: str | None, part: str, **defaults: int | float
+) -> argparse.Namespace:
+    """Numbers, all of which must be positive, and `--without`, which takes `part`."""
+    parser = _parser(doc, (part,))
+    for name, default in defaults.items():
+        parser.add_argument(
+            f"--{name}", type=type(default), default=default, help=f"(default: {default})"
+        )
+    args = parser.parse_args(argv)
+    for name in defaults:
+        value = getattr(args, name)
+        if not 0 < value < float("inf"):
+            parser.error(f"--{name} must be positive; got {value}")
+    return args
+
+
+def _parser(description: str | None, parts: tuple[str, ...]) -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     result.add_argument(
         "--without", choices=parts, help="leave this out, and see the example fail"
     )
-    add(result, "--seed", 0, least=0)
     return result
 
 
