@@ -49,7 +49,8 @@ def backward(
         return lax.div(wg, chunks), lax.rem(wg, chunks)
 
     def piece(wg):
-        return tuple(pl.ds(n * _CHUNK, _CHUNK) for n in part_of(wg))
+        q_chunk, chunk = part_of(wg)
+        return pl.ds(q_chunk * _CHUNK, _CHUNK), pl.ds(chunk * _CHUNK, _CHUNK)
 
     def kernel(*refs):
         refs, scratch = work.refs(refs)

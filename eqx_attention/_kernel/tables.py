@@ -114,8 +114,10 @@ def backwards(kinds: Kinds) -> tuple[Array, Array, Array, Array]:
     low = jnp.where(kinds.every, 1, jnp.where((column > last) & (last >= 0), 0, 2))
     rank = jnp.where(kinds.some | kinds.every, low, 3).astype(jnp.int8)
     order = size - 1 - jnp.argsort(rank[..., ::-1], axis=-1, stable=True)
-    counts = ((rank == n).sum(-1, dtype=jnp.int32) for n in (0, 1))
-    return (order.astype(jnp.int32), *counts, (rank <= 2).sum(-1, dtype=jnp.int32))
+    high, full, some = (
+        found.sum(-1, dtype=jnp.int32) for found in (rank == 0, rank == 1, rank <= 2)
+    )
+    return order.astype(jnp.int32), high, full, some
 
 
 def never_masked(request: Request, block_k: int) -> bool:
