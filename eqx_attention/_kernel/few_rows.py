@@ -228,7 +228,9 @@ def add_values(
             acc = []
             for group in range(2):
                 both = [_element(registers[group, column], n) for n in range(2)]
-                acc += [arith.mulf(x, by[group]) for x in both] if group < rows // 8 else both
+                acc += (
+                    [arith.mulf(x, by[group]) for x in both] if group < rows // 8 else both
+                )
             acc = _multiply(acc, a, b)
             for group in range(2):
                 both = acc[2 * group : 2 * group + 2]

@@ -179,9 +179,11 @@ def forward_8bit(
             def key_after(j):
                 return key_of(jnp.minimum(j, mine - 1))
 
-            def fetch(j, k_base):
+            def scales_of(k_base):
                 key_ = place_of_scales(ks_ref, k_pages, b, k_base)
-                value = place_of_scales(vs_ref, v_pages, b, k_base)
+                return key_, place_of_scales(vs_ref, v_pages, b, k_base)
+
+            def fetch(j, key_, value):
                 fetch_scales(scales.at[wg, lax.rem(j, _AHEAD)], key_, value, h)
 
             def softmax(masked, at, products, by_key, by_value, top, total):
@@ -204,24 +206,22 @@ def forward_8bit(
                 return scaled.astype(dtype), new, total, decay
 
             def one(masked, j, carry):
-                out, top, total, k_base, after = carry
+                out, top, total, k_base, *ahead = carry
                 slot, turn = wg * stages + lax.rem(done + j, stages), lax.rem(j, _AHEAD)
                 keys, values = k_smem.at[slot], v_smem.at[slot]
                 k_scales, v_scales = scales.at[wg, turn, 0], scales.at[wg, turn, 1]
                 here = place._replace(key=k_base)
                 use = [n for n in given if masked or n != "visible"]
                 loaded = {n: given[n].load(here, held[n]) for n in use}
+                later, places = key_after(j + 3), scales_of(ahead[1])
                 # Its scales are there, and those of the last one are read.
                 await_scales(1)
-                later = key_after(j + 2)
-                fetch(j + 2, later)
                 plgpu.barrier_wait(k_ready.at[slot])
                 if keys.dtype == jnp.uint8:
                     find_nan(keys, k_type.transforms, k_scales)
-                logits = products(
-                    q_smem, q_type.transforms, block, keys, k_type.transforms
-                )
+                logits = products(q_smem, q_type.transforms, block, keys, k_type.transforms)
                 plgpu.barrier_arrive(k_free.at[slot])
+                fetch(j + 2, *places)
                 plgpu.barrier_wait(v_ready.at[slot])
                 if values.dtype == jnp.uint8:
                     find_nan(values, v_type.transforms, v_scales)
@@ -235,7 +235,7 @@ def forward_8bit(
                 )
                 out = add_values(out, decay, weights, values, v_type.transforms)
                 plgpu.barrier_arrive(v_free.at[slot])
-                return out, top, total, after, later
+                return out, top, total, *ahead, later
 
             empty = (
                 full((OUT_ROWS, value_dim), 0.0, OUT),
@@ -245,9 +245,9 @@ def forward_8bit(
 
             def attend():
                 first, second = key_of(0), key_after(1)
-                fetch(0, first)
-                fetch(1, second)
-                carry = (*empty, first, second)
+                fetch(0, *scales_of(first))
+                fetch(1, *scales_of(second))
+                carry = (*empty, first, second, key_after(2))
                 unmasked = own(wg, whole)
                 carry = lax.fori_loop(0, unmasked, ft.partial(one, False), carry)
                 if may_mask:
