@@ -63,6 +63,7 @@ class _Widen:
     """From a word of four numbers in 8 bits to two of them in bfloat16."""
 
     def __init__(self, dtype: Any):
+        self.other: Any
         self.float8 = dtype == jnp.uint8
         self.code = _FLOAT8 if self.float8 else _INT8
         if self.float8:

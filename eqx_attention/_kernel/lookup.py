@@ -60,8 +60,8 @@ class Lookup(NamedTuple):
         """**Arguments:**
 
         - `ref`: the table, of one axis, in the dtype in which it is `stored`.
-        - `indices`: each on the whole tile, in `layout`. Whatever they are, nothing but the table is
-            read.
+        - `indices`: each on the whole tile, in `layout`. Whatever they are, nothing but the
+            table is read.
         """
         place, there = jnp.zeros_like(indices[0], jnp.int32), True
         for x, size, stride in zip(indices, self.sizes, self.strides, strict=True):
