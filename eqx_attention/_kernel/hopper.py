@@ -13,6 +13,7 @@ from jaxlib.mlir.dialects import llvm, nvvm
 
 TILE = plgpu.Layout.WGMMA
 ROW, COLUMN = TILE.reduce(1), TILE.reduce(0)
+LAYOUTS = (ROW, COLUMN, TILE)
 LOG2E = 1.4426950408889634
 THREADS = 128  # of a warpgroup
 

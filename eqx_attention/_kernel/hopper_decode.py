@@ -36,7 +36,8 @@ def decode(request: Request, num_splits: int | None) -> tuple[Array, Array]:
 def blocks_of(request: Request) -> Blocks | Blocks8:
     """As many keys as there is room for are on their way; of 16 bits, to one warpgroup."""
     if in_8_bits(request.key_):
-        return blocks_for(request.query.shape[-1], request.value.shape[-1])
+        _, q_len, _, head_dim = request.query.shape
+        return blocks_for(head_dim, request.value.shape[-1], q_len)
     both = request.query.shape[-1] + request.value.shape[-1]
     blocks = Blocks(64, 64, 2, 1)
     free = 190 * 1024 - 4 * blocks.rows * both

@@ -1,10 +1,9 @@
 """Attention on Hopper to keys and values in 8 bits, of few queries: they are read as they
-are stored, and become bfloat16 in shared memory.
+are stored, and become bfloat16 in registers.
 
 A block of threads has one warpgroup that copies, and up to three that compute. Each of
-these has tiles of its own, and so a partial of its own. While the matrix units compute the
-logits of a tile, its values are converted; while they compute its output, the keys of the
-next one are.
+these has tiles of its own, and each of its warps some keys of each tile: as many partials
+are there in the end as warps. See `few_rows.py`.
 """
 
 import functools as ft
@@ -23,24 +22,27 @@ from .._score import ALiBi, SoftCap
 from .eight_bits import (
     await_scales,
     fetch_scales,
+    find_nan,
     Narrow,
     place_of_scales,
     TOKENS,
-    widen,
 )
-from .hopper import (
-    along,
-    COLUMN,
-    full,
-    launch,
-    LOG2E,
-    ROW,
-    smem,
-    sync,
-    THREADS,
+from .few_rows import (
+    add_values,
+    COLUMNS,
+    in_order,
+    largest,
+    LAYOUTS,
+    OUT,
+    OUT_ROWS,
+    own_sum,
+    products,
+    ROWS,
     TILE,
-    whole_rows,
+    whole_sum,
+    write,
 )
+from .hopper import full, launch, LOG2E, smem, sync, THREADS
 from .pages import place_of_keys
 from .schedule import in_turn, place_of, section
 from .tables import never_masked, table
@@ -49,7 +51,7 @@ from .terms import folded_scale, keep_fn, logit_fn, Place, terms_of, visible_fn
 
 # Of the 16 named barriers of a block, Mosaic GPU uses the first ones.
 _DONE = 8
-_ROWS = 64
+_WARPS = 4  # of a warpgroup
 # Of so many tiles does a warpgroup have scales: of one that it computes, and the next two.
 _AHEAD = 3
 # What it takes to start a row, in tiles; and bytes that tiles may take.
@@ -58,54 +60,51 @@ _SHARED = 225 * 1024
 
 
 class Blocks8(NamedTuple):
-    """How the kernel is cut: how many warpgroups compute, and how many tiles of each are on
-    their way."""
+    """How the kernel is cut: how many warpgroups compute, how many tiles of each are on
+    their way, and rows of a tile."""
 
     warpgroups: int = 3
-    stages: int = 2
-
-    @property
-    def rows(self) -> int:
-        return _ROWS
+    stages: int = 4
+    rows: int = 8
 
     @property
     def key(self) -> int:
         return TOKENS
 
 
-def blocks_for(head_dim: int, value_dim: int) -> Blocks8:
-    """As many warpgroups as there is room for, with at least two tiles each."""
-    both, wider = head_dim + value_dim, max(head_dim, value_dim)
-    free = _SHARED - 2 * _ROWS * head_dim
-    stage, own = TOKENS * both, 4 * _ROWS * wider + 2048
-    for warpgroups in (3, 2, 1):
-        stages = (free // warpgroups - own) // stage
-        if stages >= 2 and (warpgroups < 3 or wider <= 128):
-            return Blocks8(warpgroups, min(stages, 4))
-    return Blocks8(1, 1)
+def blocks_for(head_dim: int, value_dim: int, q_len: int = 1) -> Blocks8:
+    """As many warpgroups as there are registers for, and as many tiles as there is room
+    for."""
+    rows = 8 if q_len <= 8 else 16
+    warpgroups = 3 if max(head_dim, value_dim) <= 128 else 2
+    scales = warpgroups * _AHEAD * 2 * TOKENS * 4
+    free = _SHARED - 2 * OUT_ROWS * head_dim - scales
+    stages = free // (warpgroups * TOKENS * (head_dim + value_dim))
+    return Blocks8(warpgroups, min(stages, 4), rows)
 
 
 def forward_8bit(
     request: Request, blocks: Blocks8, splits: int
 ) -> tuple[jax.Array, jax.Array]:
-    """`(out, lse)` of as many partials as there are `splits` times warpgroups, one after
-    another along the batch. Keys and values are `Quantized`, or pages of such.
+    """`(out, lse)`, both in float32, of as many partials as there are `splits` times warps
+    that compute, one after another along the batch. Keys and values are `Quantized`, or
+    pages of such.
 
     **Raises:** `NotElementwise` if a mask or a score does more than a kernel can.
     """
-    q = whole_rows(request.query)
     k, v = Narrow.of(request.key_), Narrow.of(request.value)
     batch, q_len, heads, head_dim = request.query.shape
-    value_dim, wider = v.values.shape[-1], max(head_dim, v.values.shape[-1])
-    dtype, result = q.dtype, request.result_dtype
-    warpgroups, stages = blocks.warpgroups, blocks.stages
-    rows, shape = ceil_div(q_len, _ROWS), (_ROWS, TOKENS)
-    tiles = table(request, _ROWS, TOKENS)
+    value_dim = v.values.shape[-1]
+    rest = -q_len % OUT_ROWS
+    q = jnp.pad(in_order(request.query), ((0, 0), (0, rest), (0, 0), (0, 0)))
+    dtype, (warpgroups, stages, block) = q.dtype, blocks
+    rows, shape = ceil_div(q_len, block), (block, TOKENS)
+    tiles = table(request, block, TOKENS)
     scale = folded_scale(request.pairs)
     may_mask = not never_masked(request, TOKENS)
     terms = terms_of(
         request,
-        _ROWS,
+        block,
         TOKENS,
         {
             "visible": visible_fn(request, TOKENS) if may_mask else None,
@@ -116,7 +115,11 @@ def forward_8bit(
     hides = any(not isinstance(s, ALiBi | SoftCap) for s in request.pairs.score)
     factor = LOG2E * (1.0 if scale is None else scale)
     order = place_of(batch, heads, rows, section(request))
-    wide = smem((warpgroups, 2, TOKENS, wider), dtype)
+    q_type = smem((OUT_ROWS, head_dim), dtype)
+    k_type, v_type = (
+        smem((warpgroups * stages, TOKENS, x.values.shape[-1]), x.values.dtype)
+        for x in (k, v)
+    )
 
     def place(n):
         """`(batch, head, row of tiles, split)` of the n-th piece of all."""
@@ -134,8 +137,7 @@ def forward_8bit(
         turn_refs, refs = refs[: len(turns)], refs[len(turns) :]
         page_refs, refs = refs[: len(pages)], refs[len(pages) :]
         *inputs, out_ref, lse_ref = refs[: terms.count + 2]
-        first, q_smem, k_smem, v_smem, scales, lse_smem, *barriers = refs[terms.count + 2 :]
-        (wide_smem,), (out_smem,) = first
+        q_smem, k_smem, v_smem, scales, *barriers = refs[terms.count + 2 :]
         q_ready, k_ready, v_ready, k_free, v_free = barriers
         k_pages, v_pages = page_refs[: len(k.pages)], page_refs[len(k.pages) :]
         wg, count = lax.axis_index("warpgroup"), schedule.count(turn_refs)
@@ -159,19 +161,16 @@ def forward_8bit(
         def fetch_queries(n):
             (b, h, i, _), *_ = work(n)
             plgpu.copy_gmem_to_smem(
-                q_ref.at[b, pl.ds(i * _ROWS, _ROWS), h], q_smem, q_ready
+                q_ref.at[b, pl.ds(i * block, OUT_ROWS), h], q_smem, q_ready
             )
 
         def compute(n, done):
             """One piece; `done` is how many tiles this warpgroup had before it."""
             (b, h, i, split), row, before, whole, some = work(n)
-            q_base, mine = i * _ROWS, own(wg, some)
+            q_base, mine = i * block, own(wg, some)
             given = terms.given(inputs)
-            place = Place(b, h, q_base, 0, shape)
+            place = Place(b, h, q_base, 0, shape, layouts=LAYOUTS)
             held = {name: term.load(place) for name, term in given.items()}
-
-            def slot_of(j):
-                return wg * stages + lax.rem(done + j, stages)
 
             def key_of(j):
                 """The first key of a tile."""
@@ -180,60 +179,25 @@ def forward_8bit(
             def key_after(j):
                 return key_of(jnp.minimum(j, mine - 1))
 
-            def fetch(j, k_base):
+            def scales_of(k_base):
                 key_ = place_of_scales(ks_ref, k_pages, b, k_base)
-                value = place_of_scales(vs_ref, v_pages, b, k_base)
+                return key_, place_of_scales(vs_ref, v_pages, b, k_base)
+
+            def fetch(j, key_, value):
                 fetch_scales(scales.at[wg, lax.rem(j, _AHEAD)], key_, value, h)
 
-            def scales_at(j):
-                at = lax.rem(j, _AHEAD)
-                return scales.at[wg, at, 0], scales.at[wg, at, 1]
-
-            def operand(which, channels):
-                ref = wide_smem.at[wg, which]
-                return ref if channels == wider else ref.at[:, pl.ds(0, channels)]
-
-            def widen_keys(j):
-                slot = slot_of(j)
-                plgpu.barrier_wait(k_ready.at[slot])
-                to = operand(0, head_dim)
-                widen(k_smem.at[slot], to, scales_at(j)[0], wide.transforms)
-                plgpu.barrier_arrive(k_free.at[slot])
-
-            def widen_values(j):
-                slot = slot_of(j)
-                plgpu.barrier_wait(v_ready.at[slot])
-                to = operand(1, value_dim)
-                widen(v_smem.at[slot], to, scales_at(j)[1], wide.transforms)
-                plgpu.barrier_arrive(v_free.at[slot])
-
-            def loads(masked, j):
-                """What the terms are given of a tile."""
-                use = [n for n in given if masked or n != "visible"]
-                if not use:
-                    return None, {}
-                k_base = key_of(j)
-                here = place._replace(key=k_base)
-                return k_base, {n: given[n].load(here, held[n]) for n in use}
-
-            def softmax(masked, j, products, loaded, top, total):
+            def softmax(masked, at, products, by_key, by_value, top, total):
                 """Unnormalised weights, times the values' scales, for the matrix units; the
                 new maxima and sums; and by how much the old ones shrink."""
-                k_base, loaded = loaded
-                here = place._replace(key=k_base)
-                at = {n: given[n].at(xs, here) for n, xs in loaded.items()}
-                by_key, by_value = (
-                    along(plgpu.load(x, layout=COLUMN), shape, 1) for x in scales_at(j)
-                )
                 products = products * by_key
                 logits = at["logit"](0, products) if "logit" in at else products
                 if "visible" in at:
                     logits = jnp.where(at["visible"](), logits, -jnp.inf)
-                new = jnp.maximum(top, logits.max(axis=1) * factor)
+                new = jnp.maximum(top, largest(logits) * factor)
                 base = jnp.where(new == -jnp.inf, 0.0, new) if masked or hides else new
                 decay = jnp.exp2(top - base)
-                weights = jnp.exp2(logits * factor - along(base, shape, 0))
-                total = total * decay + weights.sum(axis=1)
+                weights = jnp.exp2(logits * factor - _along(base, shape, 0))
+                total = total * decay + own_sum(weights)
                 scaled = weights * by_value
                 if masked or hides:  # Those that are hidden may have any scale.
                     scaled = jnp.where(weights == 0, 0.0, scaled)
@@ -242,53 +206,48 @@ def forward_8bit(
                 return scaled.astype(dtype), new, total, decay
 
             def one(masked, j, carry):
-                out, top, total, ahead = carry
-                # All have converted its keys, and read the values of the last one.
-                plgpu.commit_smem()
-
-                def product(acc):
-                    plgpu.wgmma(acc, q_smem, operand(0, head_dim).T)
-                    fetch(j + 2, ahead)
-                    later = key_after(j + 3)
-                    loaded = loads(masked, j)
-                    widen_values(j)
-                    await_scales(1)
-                    return acc[...], loaded, later
-
-                accumulator = plgpu.WGMMAAccumulatorRef(shape, jnp.float32)
-                products, loaded, ahead = pl.run_scoped(product, accumulator)
-                # All have converted its values, and read its keys.
-                plgpu.commit_smem()
+                out, top, total, k_base, *ahead = carry
+                slot, turn = wg * stages + lax.rem(done + j, stages), lax.rem(j, _AHEAD)
+                keys, values = k_smem.at[slot], v_smem.at[slot]
+                k_scales, v_scales = scales.at[wg, turn, 0], scales.at[wg, turn, 1]
+                here = place._replace(key=k_base)
+                use = [n for n in given if masked or n != "visible"]
+                loaded = {n: given[n].load(here, held[n]) for n in use}
+                later, places = key_after(j + 3), scales_of(ahead[1])
+                # Its scales are there, and those of the last one are read.
+                await_scales(1)
+                plgpu.barrier_wait(k_ready.at[slot])
+                if keys.dtype == jnp.uint8:
+                    find_nan(keys, k_type.transforms, k_scales)
+                logits = products(q_smem, q_type.transforms, block, keys, k_type.transforms)
+                plgpu.barrier_arrive(k_free.at[slot])
+                fetch(j + 2, *places)
+                plgpu.barrier_wait(v_ready.at[slot])
+                if values.dtype == jnp.uint8:
+                    find_nan(values, v_type.transforms, v_scales)
+                by_key, by_value = (
+                    _along(plgpu.load(x, layout=COLUMNS, optimized=False), shape, 1)
+                    for x in (k_scales, v_scales)
+                )
+                at = {n: given[n].at(xs, here) for n, xs in loaded.items()}
                 weights, top, total, decay = softmax(
-                    masked, j, products, loaded, top, total
+                    masked, at, logits, by_key, by_value, top, total
                 )
-                out = out * along(decay, out.shape, 0)
-                out, weights, top, total = lax.optimization_barrier(
-                    (out, weights, top, total)
-                )
-
-                def attended(acc):
-                    plgpu.wgmma(acc, weights, operand(1, value_dim))
-                    pl.when(j + 1 < mine)(ft.partial(widen_keys, j + 1))
-
-                out = pl.run_state(attended)(plgpu.WGMMAAccumulatorRef.init(out))
-                # Until here the weights are read, which the compiler does not know.
-                out, _ = lax.optimization_barrier((out, weights))
-                return out, top, total, ahead
+                out = add_values(out, decay, weights, values, v_type.transforms)
+                plgpu.barrier_arrive(v_free.at[slot])
+                return out, top, total, *ahead, later
 
             empty = (
-                full((_ROWS, value_dim), 0.0, TILE),
-                full((_ROWS,), -jnp.inf, ROW),
-                full((_ROWS,), 0.0, ROW),
+                full((OUT_ROWS, value_dim), 0.0, OUT),
+                full((block,), -jnp.inf, ROWS),
+                full((block,), 0.0, ROWS),
             )
 
             def attend():
-                fetch(0, key_of(0))
-                fetch(1, key_after(1))
-                await_scales(1)
-                plgpu.commit_smem()
-                widen_keys(0)
-                carry = (*empty, key_after(2))
+                first, second = key_of(0), key_after(1)
+                fetch(0, *scales_of(first))
+                fetch(1, *scales_of(second))
+                carry = (*empty, first, second, key_after(2))
                 unmasked = own(wg, whole)
                 carry = lax.fori_loop(0, unmasked, ft.partial(one, False), carry)
                 if may_mask:
@@ -300,20 +259,12 @@ def forward_8bit(
             out, top, total = lax.cond(mine > 0, attend, lambda: empty)
             sync(_DONE, warpgroups * THREADS)  # All have read the queries.
             pl.when((wg == 0) & (n + 1 < count))(ft.partial(fetch_queries, n + 1))
+            total = whole_sum(total)
             lse = jnp.where(total == 0, -jnp.inf, (top + jnp.log2(total)) * (1 / LOG2E))
             kept = 1 - request.pairs.dropout.rate if request.pairs.dropout else 1.0
             inverse = 1 / (jnp.where(total == 0, 1.0, total) * kept)
-            out = (out * along(inverse, out.shape, 0)).astype(result)
-            to = (split * warpgroups + wg) * batch + b
-            out_smem[wg] = out
-            lse_smem[wg] = lse
-            plgpu.commit_smem()
-            here = pl.ds(q_base, _ROWS)
-            plgpu.copy_smem_to_gmem(out_smem.at[wg], out_ref.at[to, here, h])
-            plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[to, h, here])
-            plgpu.wait_smem_to_gmem(0)
-            # What one warpgroup converts takes the place of what another one copied.
-            sync(_DONE, warpgroups * THREADS)
+            part = (split * warpgroups + wg) * (_WARPS * batch) + b
+            write(out_ref, lse_ref, out, lse, inverse, (part, batch, q_base, h))
             return done + mine
 
         @pl.when(wg < warpgroups)
@@ -358,23 +309,21 @@ def forward_8bit(
             lax.fori_loop(0, count, copy, (jnp.int32(0),) * warpgroups)
 
     free = ready = plgpu.Barrier(num_barriers=warpgroups * stages)
-    parts = splits * warpgroups * batch
+    parts = splits * warpgroups * _WARPS * batch
     out, lse = launch(
         kernel,
         "decode_8bit",
         schedule.programs,
         warpgroups,
         out_type=(
-            jax.ShapeDtypeStruct((parts, *q.shape[1:3], value_dim), result),
-            jax.ShapeDtypeStruct((parts, heads, rows * _ROWS), jnp.float32),
+            jax.ShapeDtypeStruct((parts, q_len, heads, value_dim), jnp.float32),
+            jax.ShapeDtypeStruct((parts, heads, q_len), jnp.float32),
         ),
         scratch_types=(
-            plgpu.RefUnion((wide,), (smem((warpgroups, _ROWS, value_dim), result),)),
-            smem((_ROWS, head_dim), dtype),
-            plgpu.SMEM((warpgroups * stages, TOKENS, head_dim), k.values.dtype),
-            plgpu.SMEM((warpgroups * stages, TOKENS, value_dim), v.values.dtype),
+            q_type,
+            k_type,
+            v_type,
             plgpu.SMEM((warpgroups, _AHEAD, 2, TOKENS), jnp.float32),
-            plgpu.SMEM((warpgroups, _ROWS), jnp.float32),
             plgpu.Barrier(),
             ready,
             ready,
@@ -386,4 +335,9 @@ def forward_8bit(
         *(k.values, v.values, k.scale, v.scale),
         *(*tiles[:3], *turns, *pages, *terms.arrays),
     )
-    return out[:, :q_len], lse[..., :q_len].swapaxes(1, 2)
+    return out, lse.swapaxes(1, 2)
+
+
+def _along(x: jax.Array, shape: tuple[int, int], axis: int) -> jax.Array:
+    """One number a row (`axis` 0) or column (1), on a whole tile."""
+    return plgpu.layout_cast(lax.broadcast_in_dim(x, shape, [axis]), TILE)

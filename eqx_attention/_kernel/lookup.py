@@ -54,19 +54,21 @@ class Lookup(NamedTuple):
             fill if mode == Mode.FILL_OR_DROP else None,
         )
 
-    def __call__(self, ref: Any, indices: list[Array], dtype: Any) -> Array:
+    def __call__(
+        self, ref: Any, indices: list[Array], dtype: Any, layout: Any = TILE
+    ) -> Array:
         """**Arguments:**
 
         - `ref`: the table, of one axis, in the dtype in which it is `stored`.
-        - `indices`: each on the whole tile. Whatever they are, nothing but the table is
-            read.
+        - `indices`: each on the whole tile, in `layout`. Whatever they are, nothing but the
+            table is read.
         """
         place, there = jnp.zeros_like(indices[0], jnp.int32), True
         for x, size, stride in zip(indices, self.sizes, self.strides, strict=True):
             x = x.astype(jnp.int32) if x.dtype.itemsize < 4 else x
             place = place + jnp.clip(x, 0, size - 1).astype(jnp.int32) * stride
             there = there & ((x >= 0) & (x < size))
-        out = read(ref, place)
+        out = read(ref, place, layout)
         out = out != 0 if dtype == jnp.bool_ else out.astype(dtype)
         fill = self.fill
         return out if fill is None else jnp.where(there, out, jnp.full_like(out, fill))
@@ -82,13 +84,13 @@ def stored(dtype: Any) -> Any:
     return jnp.int32 if whole else None
 
 
-def read(ref: Any, index: Array) -> Array:
+def read(ref: Any, index: Array, layout: Any = TILE) -> Array:
     """The entries `index` of a table of one axis in global memory, which nothing writes."""
     floating = ref.dtype == jnp.float32
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), TILE),
-        return_type=plgpu.ShapeDtypeStruct(index.shape, ref.dtype, layout=TILE),
+        arg_types=(plgpu.RefType(), layout),
+        return_type=plgpu.ShapeDtypeStruct(index.shape, ref.dtype, layout=layout),
     )
     def gather(_, table, index):
         i64, entry = ir.IntegerType.get_signless(64), ir.MemRefType(table.type).element_type

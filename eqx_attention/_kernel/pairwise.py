@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.core import Literal
 from jaxtyping import Array
 
-from .hopper import COLUMN, ROW, TILE
+from .hopper import LAYOUTS
 from .lookup import Lookup, NotElementwise
 
 
@@ -173,12 +173,25 @@ class Graph:
         ]
 
     def inside(
-        self, values: Sequence["Value"], arguments: dict[int, "Value"], shape: tuple
+        self,
+        values: Sequence["Value"],
+        arguments: dict[int, "Value"],
+        shape: tuple[int, int],
+        layouts: tuple[Any, ...] = LAYOUTS,
     ) -> "Evaluation":
         """Of a tile of `shape` in a kernel: `values` are those of `inputs`, and `arguments`
-        are what the kernel knows by itself."""
+        are what the kernel knows by itself. `layouts` are those of one number a row, one a
+        column, and of a tile."""
         memo = {x.number: v for x, v in zip(self.inputs, values, strict=True)}
-        return Evaluation(self, memo, arguments, shape)
+        return Evaluation(self, memo, arguments, Frame(shape, layouts))
+
+
+class Frame(NamedTuple):
+    """Of a tile in a kernel: its shape, and the layouts of one number a row, one a column,
+    and of a tile."""
+
+    shape: tuple[int, int]
+    layouts: tuple[Any, ...]
 
 
 class Evaluation(NamedTuple):
@@ -187,11 +200,11 @@ class Evaluation(NamedTuple):
     graph: Graph
     memo: dict[int, "Value"]
     arguments: dict[int, "Value"]
-    shape: tuple[int, int]
+    frame: Frame
 
     def __call__(self, output: int) -> Any:
         node = self.graph.outputs[output]
-        return self._value(node).on(2, self.shape, node.dtype)
+        return self._value(node).on(2, self.frame, node.dtype)
 
     def _value(self, x: Any) -> "Value":
         if not isinstance(x, Node):
@@ -200,7 +213,7 @@ class Evaluation(NamedTuple):
             if x.primitive is None:
                 value = self.arguments[x.params["argument"]]
             else:
-                value = _elementwise(x, [self._value(y) for y in x.inputs], self.shape)
+                value = _elementwise(x, [self._value(y) for y in x.inputs], self.frame)
             self.memo[x.number] = value
         return self.memo[x.number]
 
@@ -212,9 +225,9 @@ class Value(NamedTuple):
     axis: int | None
     array: Any
 
-    def on(self, axis: int | None, shape: tuple[int, int], dtype: Any) -> Any:
+    def on(self, axis: int | None, frame: Frame, dtype: Any) -> Any:
         """This, broadcast to the rows, to the columns or to the tile."""
-        x = self.array
+        x, shape = self.array, frame.shape
         if self.axis == axis or axis is None:
             return jnp.asarray(x, dtype)
         if self.axis is None:
@@ -222,7 +235,7 @@ class Value(NamedTuple):
             x = jnp.full(full, x, dtype)
         else:
             x = lax.broadcast_in_dim(x, shape, [self.axis])
-        return plgpu.layout_cast(x, (ROW, COLUMN, TILE)[axis])
+        return plgpu.layout_cast(x, frame.layouts[axis])
 
 
 def _is_indices(x: Any) -> bool:
@@ -254,7 +267,7 @@ def _mapped(primitive, params, operands: list[Array]) -> Array:
     return out.reshape((*shape, *rest))
 
 
-def _elementwise(node: Node, operands: list[Value], shape: tuple[int, int]) -> Value:
+def _elementwise(node: Node, operands: list[Value], frame: Frame) -> Value:
     name = node.primitive.name
     if name in _SHAPE:
         return operands[0]
@@ -262,10 +275,10 @@ def _elementwise(node: Node, operands: list[Value], shape: tuple[int, int]) -> V
     axis = axes.pop() if len(axes) == 1 else 2 if axes else None
     dtypes = [getattr(x, "dtype", None) for x in node.inputs]
     if name == "gather":
-        table, *indices = operands
-        xs = [x.on(2, shape, d) for x, d in zip(indices, dtypes[1:], strict=True)]
-        return Value(2, node.params["lookup"](table.array, xs, node.dtype))
-    xs = [x.on(axis, shape, d) for x, d in zip(operands, dtypes, strict=True)]
+        (table, *indices), lookup = operands, node.params["lookup"]
+        xs = [x.on(2, frame, d) for x, d in zip(indices, dtypes[1:], strict=True)]
+        return Value(2, lookup(table.array, xs, node.dtype, frame.layouts[2]))
+    xs = [x.on(axis, frame, d) for x, d in zip(operands, dtypes, strict=True)]
     if name == "convert_element_type":
         return Value(axis, xs[0].astype(node.params["new_dtype"]))
     if name == "integer_pow":

@@ -12,7 +12,7 @@ from jaxtyping import Array
 from .._mechanism.base import Pairs, Request
 from .._static import Static, unwrap
 from .._tokens import Tile
-from .hopper import COLUMN, ROW, TILE
+from .hopper import LAYOUTS
 from .lookup import stored
 from .pairwise import Evaluation, Graph, HEAD, KEY, NotElementwise, PAIR, QUERY, Value
 
@@ -135,7 +135,7 @@ def _table(x: Array) -> Input:
 
 class Place(NamedTuple):
     """Where a tile of a kernel is. `axis` is that of its queries: 0, or 1 if its rows are
-    keys."""
+    keys. `layouts` are those of one number a row, one a column, and of a tile."""
 
     batch: Any
     head: Any
@@ -143,6 +143,7 @@ class Place(NamedTuple):
     key: Any
     shape: tuple[int, int]
     axis: int = 0
+    layouts: tuple[Any, ...] = LAYOUTS
 
     def queries(self):
         return pl.ds(self.query, self.shape[self.axis])
@@ -152,7 +153,7 @@ class Place(NamedTuple):
 
     def index(self, of_queries: bool) -> Value:
         axis = self.axis if of_queries else 1 - self.axis
-        layout = (ROW, COLUMN)[axis]
+        layout = self.layouts[axis]
         size = self.shape[axis]
         start = self.query if of_queries else self.key
         count = plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=layout)
@@ -189,7 +190,9 @@ class Loaded(NamedTuple):
         ]
         n = self.term.arrays
         own = {n: place.index(True), n + 1: place.index(False)}
-        return AtTile(self.term.graph.inside(values, own, place.shape), n + 3)
+        graph = self.term.graph
+        inside = graph.inside(values, own, place.shape, place.layouts)
+        return AtTile(inside, n + 3)
 
 
 class AtTile:
@@ -224,7 +227,7 @@ def _load(x: Input, ref: Any, place: Place) -> Any:
     else:
         at = (*at, place.queries() if x.query else place.keys())
     part = ref.at[at]
-    return plgpu.load(part, layout=(ROW, COLUMN, TILE)[axis], optimized=False)
+    return plgpu.load(part, layout=place.layouts[axis], optimized=False)
 
 
 def visible_fn(request: Request, block_k: int):
