@@ -97,10 +97,8 @@ def in_turn(made: dict[str, Callable[[], None]], repeats: int) -> dict[str, list
     """Milliseconds of each, one after another, round after round."""
     for run in made.values():
         run()
-    times: dict[str, list[float]] = {name: [] for name in made}
-    for name, took in clock.in_turn(made, lambda out: out, repeats, at_least=0):
-        times[name].append(1e3 * took)
-    return times
+    times = clock.in_turn(made, lambda out: out, repeats, at_least=0)
+    return {name: [1e3 * x for x in took] for name, took in times.items()}
 
 
 def time_causal(seq: int, repeats: int) -> list[dict]:

@@ -178,9 +178,7 @@ def main() -> None:
                     continue
                 case = (kind, variant, batch, length, dtype, args.mechanisms)
                 calls, notes, size = made(*case)
-                rounds: dict[str, list[float]] = {name: [] for name in calls}
-                for name, took in in_turn(calls, jax.block_until_ready, ROUNDS):
-                    rounds[name].append(took)
+                rounds = in_turn(calls, jax.block_until_ready, ROUNDS)
                 for name, error in notes.items():
                     row = {"batch": batch, "length": length, "cache": kind}
                     row |= {"variant": title, "mechanism": name, "error": error}
