@@ -249,10 +249,10 @@ class Results:
         self.path, self.found = path, {**head, "errors": [], "rows": [], "failures": []}
 
     def add(self, kind: str, row: dict[str, Any]) -> None:
-        from eqx_attention._benchmark.files import write_text
+        from eqx_attention._benchmark.files import write_json
 
         self.found[kind].append(row)
-        write_text(self.path, json.dumps(self.found, indent=1) + "\n")
+        write_json(self.path, self.found)
 
     def failed(self, error: Exception, **row: Any) -> None:
         text = " ".join(str(error).split())[:600]

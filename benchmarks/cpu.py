@@ -14,7 +14,6 @@ import datetime
 import functools
 import importlib.metadata
 import importlib.util
-import json
 import os
 import pathlib
 import platform
@@ -28,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from eqx_attention._benchmark import clock
-from eqx_attention._benchmark.files import write_text
+from eqx_attention._benchmark.files import write_json
 from eqx_attention._device import processor
 
 
@@ -249,10 +248,6 @@ def machine() -> dict:
     }
 
 
-def write(results: dict, path: pathlib.Path) -> None:
-    write_text(path, json.dumps(results, indent=1) + "\n")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Attention on a CPU, side by side.")
     parser.add_argument("--seq", type=int, nargs="+", default=[2048, 8192])
@@ -271,7 +266,7 @@ def main() -> None:
         "eager": time_eager(),
         "peak_memory_gb": {str(seq): peak_memory(seq) for seq in args.seq},
     }
-    write(results, args.json)
+    write_json(args.json, results)
     print(f"wrote {args.json}")
 
 

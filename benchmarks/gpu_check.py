@@ -10,14 +10,14 @@ can be imported, PyTorch's FlexAttention and tokamax are timed in turn, in round
 """
 
 import argparse
+import functools as ft
 import importlib.metadata
 import importlib.util
-import json
 import os
-import pathlib
 from typing import Any
 
 import jax
+from eqx_attention._benchmark.files import write_json
 from gpu.cases import TIMED
 from gpu.correctness import correctness
 from gpu.peers import importable, PEERS
@@ -64,11 +64,7 @@ def main() -> None:
         "not timed": [],
     }
 
-    def write():
-        temporary = pathlib.Path(f"{args.out}.part")
-        temporary.write_text(json.dumps(report, indent=1))
-        temporary.replace(args.out)
-
+    write = ft.partial(write_json, args.out, report)
     if args.skip != "correctness":
         report["correctness"] = correctness(args.workers, args.only)
         write()
