@@ -12,7 +12,6 @@ import argparse
 import collections
 import datetime
 import functools
-import importlib.metadata
 import importlib.util
 import os
 import pathlib
@@ -28,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from eqx_attention._benchmark import clock
 from eqx_attention._benchmark.files import write_json
+from eqx_attention._benchmark.versions import versions
 from eqx_attention._device import processor
 
 
@@ -238,13 +238,12 @@ def ratios(rows: list[dict]) -> list[dict]:
 
 def machine() -> dict:
     packages = ["jax", "jaxlib", "equinox", "eqx_attention", "numpy", "torch"]
-    installed = [p for p in packages if importlib.util.find_spec(p) is not None]
     return {
         "date": datetime.date.today().isoformat(),
         "processor": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
-        "versions": {p: importlib.metadata.version(p) for p in installed},
+        "versions": versions(packages),
     }
 
 
