@@ -249,10 +249,10 @@ class Results:
         self.path, self.found = path, {**head, "errors": [], "rows": [], "failures": []}
 
     def add(self, kind: str, row: dict[str, Any]) -> None:
-        from eqx_attention._benchmark.files import write_text
+        from eqx_attention._benchmark.files import write_json
 
         self.found[kind].append(row)
-        write_text(self.path, json.dumps(self.found, indent=1) + "\n")
+        write_json(self.path, self.found)
 
     def failed(self, error: Exception, **row: Any) -> None:
         text = " ".join(str(error).split())[:600]
@@ -291,11 +291,9 @@ def time_case(
         except (RuntimeError, TypeError, ValueError) as error:
             made.pop(strategy, None)
             results.failed(error, strategy=strategy, **at)
-    times: dict[str, list[float]] = {name: [] for name in made}
     rounds = ROUNDS if case.length <= LONGEST_ALONE else 1
     calls = {name: prepared.call for name, prepared in made.items()}
-    for name, took in in_turn(calls, jax.block_until_ready, rounds):
-        times[name].append(took)
+    times = in_turn(calls, jax.block_until_ready, rounds)
     medians = {name: statistics.median(x) for name, x in times.items()}
     best = min((medians[name], name) for name in alone) if alone and medians else None
     flops = 4 * case.pairs * HEADS * DIM * PASSES[which]

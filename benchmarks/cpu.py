@@ -12,9 +12,7 @@ import argparse
 import collections
 import datetime
 import functools
-import importlib.metadata
 import importlib.util
-import json
 import os
 import pathlib
 import platform
@@ -28,7 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from eqx_attention._benchmark import clock
-from eqx_attention._benchmark.files import write_text
+from eqx_attention._benchmark.files import write_json
+from eqx_attention._benchmark.versions import versions
 from eqx_attention._device import processor
 
 
@@ -97,10 +96,8 @@ def in_turn(made: dict[str, Callable[[], None]], repeats: int) -> dict[str, list
     """Milliseconds of each, one after another, round after round."""
     for run in made.values():
         run()
-    times: dict[str, list[float]] = {name: [] for name in made}
-    for name, took in clock.in_turn(made, lambda out: out, repeats, at_least=0):
-        times[name].append(1e3 * took)
-    return times
+    times = clock.in_turn(made, lambda out: out, repeats, at_least=0)
+    return {name: [1e3 * x for x in took] for name, took in times.items()}
 
 
 def time_causal(seq: int, repeats: int) -> list[dict]:
@@ -241,18 +238,13 @@ def ratios(rows: list[dict]) -> list[dict]:
 
 def machine() -> dict:
     packages = ["jax", "jaxlib", "equinox", "eqx_attention", "numpy", "torch"]
-    installed = [p for p in packages if importlib.util.find_spec(p) is not None]
     return {
         "date": datetime.date.today().isoformat(),
         "processor": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
-        "versions": {p: importlib.metadata.version(p) for p in installed},
+        "versions": versions(packages),
     }
-
-
-def write(results: dict, path: pathlib.Path) -> None:
-    write_text(path, json.dumps(results, indent=1) + "\n")
 
 
 def main() -> None:
@@ -273,7 +265,7 @@ def main() -> None:
         "eager": time_eager(),
         "peak_memory_gb": {str(seq): peak_memory(seq) for seq in args.seq},
     }
-    write(results, args.json)
+    write_json(args.json, results)
     print(f"wrote {args.json}")
 
 

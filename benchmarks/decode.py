@@ -11,7 +11,6 @@ On a CPU, or with `--quick`, shapes are small.
 
 import argparse
 import dataclasses
-import json
 import pathlib
 import re
 import statistics
@@ -23,7 +22,7 @@ import eqx_attention as eqa
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from eqx_attention._benchmark.files import write_text
+from eqx_attention._benchmark.files import write_json
 from gpu.clock import in_turn, seconds
 
 
@@ -145,10 +144,6 @@ def made(
     return calls, notes, cache_bytes(cache)
 
 
-def write(path: pathlib.Path, report: dict[str, Any]) -> None:
-    write_text(path, json.dumps(report, indent=1) + "\n")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("decode.json"))
@@ -178,9 +173,7 @@ def main() -> None:
                     continue
                 case = (kind, variant, batch, length, dtype, args.mechanisms)
                 calls, notes, size = made(*case)
-                rounds: dict[str, list[float]] = {name: [] for name in calls}
-                for name, took in in_turn(calls, jax.block_until_ready, ROUNDS):
-                    rounds[name].append(took)
+                rounds = in_turn(calls, jax.block_until_ready, ROUNDS)
                 for name, error in notes.items():
                     row = {"batch": batch, "length": length, "cache": kind}
                     row |= {"variant": title, "mechanism": name, "error": error}
@@ -191,7 +184,7 @@ def main() -> None:
                         row |= {"tokens_s": batch / median}
                         row |= {"rounds_us": [x * 1e6 for x in rounds[name]]}
                     report["rows"].append(row)
-                    write(args.out, report)
+                    write_json(args.out, report)
                     print(_line(row), flush=True)
 
 

@@ -10,25 +10,18 @@ can be imported, PyTorch's FlexAttention and tokamax are timed in turn, in round
 """
 
 import argparse
-import importlib.metadata
-import importlib.util
-import json
+import functools as ft
 import os
-import pathlib
 from typing import Any
 
 import jax
+from eqx_attention._benchmark.files import write_json
+from eqx_attention._benchmark.versions import versions
 from gpu.cases import TIMED
 from gpu.correctness import correctness
 from gpu.peers import importable, PEERS
 from gpu.summary import lines, summary
 from gpu.timings import Timings
-
-
-def _versions() -> dict[str, str]:
-    packages = [module for _, module in PEERS.values()] + ["triton"]
-    found = [name for name in packages if importlib.util.find_spec(name) is not None]
-    return {name: importlib.metadata.version(name) for name in found}
 
 
 def main() -> None:
@@ -53,7 +46,7 @@ def main() -> None:
     report: dict[str, Any] = {
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
-        "versions": _versions(),
+        "versions": versions([*(module for _, module in PEERS.values()), "triton"]),
         "dtype": "bfloat16",
         "cases": {
             case: {"shape": str(timed.shape), "kind": timed.kind}
@@ -64,11 +57,7 @@ def main() -> None:
         "not timed": [],
     }
 
-    def write():
-        temporary = pathlib.Path(f"{args.out}.part")
-        temporary.write_text(json.dumps(report, indent=1))
-        temporary.replace(args.out)
-
+    write = ft.partial(write_json, args.out, report)
     if args.skip != "correctness":
         report["correctness"] = correctness(args.workers, args.only)
         write()

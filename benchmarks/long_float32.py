@@ -9,7 +9,6 @@ of a few queries, or of all where the gradient is taken. All of it at the highes
 """
 
 import argparse
-import json
 import pathlib
 import statistics
 import time
@@ -21,6 +20,7 @@ import eqx_attention as eqa
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+from eqx_attention._benchmark.files import write_json
 
 
 class Case(NamedTuple):
@@ -186,7 +186,7 @@ def main() -> None:
         for mechanism in mechanisms:
             for row in rows(name, mechanism, CASES[name].shape[1] // args.shrink):
                 report["rows"].append(row)
-                args.out.write_text(json.dumps(report, indent=1) + "\n")
+                write_json(args.out, report)
                 if row.get("largest_difference", 0) > LIMIT:
                     bad.append(name)
     print(f"more than {LIMIT:.0e} from vanilla: {', '.join(bad) or 'none'}")

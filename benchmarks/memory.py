@@ -7,7 +7,6 @@ largest need not fit this machine.
 """
 
 import argparse
-import json
 import pathlib
 
 import equinox as eqx
@@ -15,6 +14,7 @@ import eqx_attention as eqa
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+from eqx_attention._benchmark.files import write_json
 
 
 SIZE, NUM_HEADS, BLOCK_SIZE = 512, 8, 512
@@ -81,7 +81,6 @@ def main():
         figures = "".join(f"{x / 2**20:16,.1f}" for x in row.values())
         print(f"{seq:16}{figures}", flush=True)
         rows.append({"seq": seq, "temporary_bytes": row})
-    args.json.parent.mkdir(parents=True, exist_ok=True)
     settings = {
         "jax": jax.__version__,
         "platform": jax.default_backend(),
@@ -91,7 +90,7 @@ def main():
         "mask": "causal",
         "feed_forward_block_size": BLOCK_SIZE,
     }
-    args.json.write_text(json.dumps(settings | {"rows": rows}, indent=2) + "\n")
+    write_json(args.json, settings | {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from ._static import is_array
+from ._static import has_arrays, is_array
 from ._tokens import Tile
 
 
@@ -48,7 +48,7 @@ def trace(where: str, fn: Callable, arguments: tuple[Any, ...]) -> Any:
         raise TypeError(f"{where}: expected a function, got {type(fn).__name__}.")
     owners = (fn.args, fn.keywords) if isinstance(fn, ft.partial) else ()
     owners = (owners, fn, getattr(fn, "__self__", None))
-    if any(map(is_array, jax.tree.leaves(owners))):
+    if has_arrays(owners):
         _raise_captured(where)
     traced = jax.make_jaxpr(lambda *xs: _as_arrays(fn(*xs)), return_shape=True)
     jaxpr, out = traced(*arguments)

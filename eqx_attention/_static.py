@@ -1,6 +1,8 @@
 """Numbers are static, arrays are leaves."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import equinox as eqx
@@ -8,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import wadler_lindig as wl
+from jax.sharding import AbstractMesh
 
 
 AnyArray = jax.Array | np.ndarray
@@ -66,3 +69,17 @@ def is_number(x: Any) -> bool:
 
 def is_array(x: Any) -> bool:
     return isinstance(x, jax.Array | np.ndarray)
+
+
+def has_arrays(tree: Any) -> bool:
+    """Whether any leaf is an array, whose numbers may be known only at run time."""
+    return any(map(is_array, jax.tree.leaves(tree)))
+
+
+@contextlib.contextmanager
+def at_trace_time() -> Iterator[None]:
+    """Where what is computed from numbers that are static is known at once. It is computed
+    on no mesh, of which this may be inside."""
+    no_mesh = jax.sharding.use_abstract_mesh(AbstractMesh((), ()))
+    with jax.ensure_compile_time_eval(), no_mesh:
+        yield

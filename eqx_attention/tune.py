@@ -118,10 +118,8 @@ def calls(
 
 def milliseconds(calls: dict[Any, Callable[[], Any]]) -> dict[Any, float]:
     """The medians of a few rounds, in each of which all are timed in turn."""
-    rounds: dict[Any, list[float]] = {name: [] for name in calls}
-    for name, took in in_turn(calls, jax.block_until_ready, _ROUNDS, _AT_LEAST):
-        rounds[name].append(took * 1e3)
-    return {name: statistics.median(took) for name, took in rounds.items()}
+    times = in_turn(calls, jax.block_until_ready, _ROUNDS, _AT_LEAST)
+    return {name: 1e3 * statistics.median(took) for name, took in times.items()}
 
 
 def measure(shape: tuple[int, ...], masked: bool) -> Iterator[tuple[str, dict[str, Any]]]:

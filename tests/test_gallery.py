@@ -1,4 +1,5 @@
-"""The short examples: each does what it says, and fails without its mask or score."""
+"""The short examples: each does what it says, and fails without its mask or score. And
+the pages of all that are quoted."""
 
 import importlib
 import pathlib
@@ -23,6 +24,15 @@ SCRIPTS = {
     "alibi": ["--steps=60", "--times=4"],
     "t5": ["--steps=120"],
 }
+# Those that test_gallery_training.py runs.
+TRAINING = (
+    "soft_cap",
+    "learned_mask",
+    "fine_tune",
+    "logsumexp",
+    "hessian_vector",
+    "sentence_encoder",
+)
 
 # What is taken out, and what the example then says.
 WITHOUT = [
@@ -74,17 +84,24 @@ def test_fails_without(name, part, message, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", [*SCRIPTS, *TRAINING])
 def test_page(name):
-    """What the page quotes is in the script, and the script is short."""
-    script = (_root / "examples" / f"{name}.py").read_text()
-    assert len(script.splitlines()) <= 120
-    opening = f'```python title="examples/{name}.py"\n'
-    quoted = re.findall(re.escape(opening) + r"(.*?)^```$", _page(name), re.DOTALL | re.M)
-    assert quoted
-    for code in quoted:
+    """What the page quotes is in the script that it names, and its own script is short."""
+    own = f"examples/{name}.py"
+    assert len((_root / own).read_text().splitlines()) <= 120
+    fence = r'^```python title="(.*?)"\n(.*?)^```$'
+    quoted = re.findall(fence, _page(name), re.DOTALL | re.MULTILINE)
+    assert own in dict(quoted)
+    for path, code in quoted:
+        script = (_root / path).read_text()
         assert any(textwrap.indent(code, " " * n) in script for n in (0, 4, 8, 12)), code
-    # All that can be left out is left out by a test.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_all_parts(name):
+    """All that can be left out is left out by a test."""
+    script = (_root / "examples" / f"{name}.py").read_text()
     parts = re.findall(r'"(\w+)"', re.findall(r"parts=\((.*?)\)", script)[0])
     cases = (getattr(case, "values", case) for case in WITHOUT)
     assert parts == [part for other, part, _ in cases if other == name]

@@ -5,7 +5,6 @@ Each asserts what it shows. Without its mask or score it must fail."""
 import importlib.util
 import json
 import pathlib
-import re
 import sys
 
 import equinox as eqx
@@ -20,9 +19,8 @@ import scipy.special
 pytestmark = pytest.mark.slow
 
 
-_root = pathlib.Path(__file__).parent.parent
 # As Python does for the program, whose own modules lie beside it.
-sys.path.insert(0, str(_root / "examples"))
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "examples"))
 
 import fine_tune  # noqa: E402
 import hessian_vector  # noqa: E402
@@ -158,19 +156,6 @@ def test_expected_embeddings():
     assert np.abs(np.linalg.norm(embeddings, axis=1) - 1).max() < 1e-5
     lengths = {len(tokens) for tokens in expected["tokens"]}
     assert len(lengths) > 4, "of different lengths, so that there is padding"
-
-
-@pytest.mark.parametrize("name", [*_SCRIPTS, "sentence_encoder"])
-def test_page(name):
-    """The code on a script's page is that of the script."""
-    page = (_root / "docs" / "examples" / f"{name}.md").read_text()
-    scripts = [_root / "examples" / f"{script}.py" for script in (name, "bert")]
-    code = "\n".join(script.read_text() for script in scripts)
-    excerpts = re.findall(r"^```py\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
-    assert excerpts
-    for excerpt in excerpts:
-        assert excerpt in code, excerpt
-    assert len(scripts[0].read_text().splitlines()) <= 120
 
 
 @pytest.mark.thorough

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeVar
 
 
@@ -42,9 +42,11 @@ def in_turn(
     wait: Callable[[Any], Any],
     rounds: int,
     at_least: float = 0.06,
-) -> Iterator[tuple[_Name, float]]:
-    """`(name, seconds)`, one after another, round after round: whatever else the machine
-    does falls on all of them alike."""
+) -> dict[_Name, list[float]]:
+    """The seconds of each, in each round. They are timed one after another, round after
+    round: whatever else the machine does falls on all of them alike."""
+    times: dict[_Name, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            yield name, seconds(call, wait, at_least)
+            times[name].append(seconds(call, wait, at_least))
+    return times

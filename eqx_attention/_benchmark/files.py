@@ -1,7 +1,13 @@
 """Files that are whole at any time."""
 
+import json
 import os
 import pathlib
+from typing import Any
+
+
+def write_json(path: str | os.PathLike[str], content: Any) -> None:
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import importlib.metadata
 import os
 import platform
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from .plot import check_plot, draw
 from .report import Report, Row
 from .saving import check_table, save_table
 from .settings import Settings
+from .versions import versions
 
 
 Path = str | os.PathLike[str]
@@ -70,17 +70,13 @@ def _write(report: Report, files: Files) -> None:
 
 def machine_of(settings: Settings) -> dict[str, Any]:
     device = settings.places[0].devices[0]
-    versions = {}
-    for name in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
     return {
         "date": datetime.date.today().isoformat(),
         "platform": device.platform,
         "device": device_name(device.platform),
         "devices": len(jax.devices()),
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": versions(_PACKAGES),
     }
 
 

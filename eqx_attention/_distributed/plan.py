@@ -8,10 +8,8 @@ computes the hop then skips what it can.
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh
 from jaxtyping import Array
 
 from .._mask import (
@@ -29,7 +27,7 @@ from .._mask import (
     span,
 )
 from .._score import AbstractScore, ALiBi, Bias, RelativeBias, SoftCap
-from .._static import is_array
+from .._static import at_trace_time, has_arrays
 from .._tokens import Bounds, Tile
 from .layout import Chunks
 
@@ -319,12 +317,10 @@ def _kinds(mask: AbstractMask, q: Side, kv: Side) -> np.ndarray:
     shape = (*q_low.shape, *kv_low.shape)
     by_index = isinstance(mask, Full | Padding)
     given = not by_index and (q.shift is None or kv.shift is None)
-    if given or any(is_array(x) for x in jax.tree.leaves(mask)):
+    if given or has_arrays(mask):
         kinds = np.full(shape, _PARTIAL)
     else:
-        # Now, and on no mesh, of which this may be inside.
-        no_mesh = jax.sharding.use_abstract_mesh(AbstractMesh((), ()))
-        with jax.ensure_compile_time_eval(), no_mesh:
+        with at_trace_time():
             tiles = (_tile(q_low, kv_low, q, kv), _tile(q_high, kv_high, q, kv))
             some, every = mask.summary(mask, Bounds(*tiles))
             some, every = np.asarray(some).any(0), np.asarray(every).all(0)

@@ -6,15 +6,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh
 from jaxtyping import Array, Bool, Int
 
 from .._axes import ceil_div
-from .._mask import And, Full
+from .._mask import And
 from .._mechanism.base import Blocks, Request
 from .._mechanism.plan import Grid, Kinds, kinds, lists
 from .._mechanism.splash_mask import parts, written_out
-from .._static import is_array
+from .._static import at_trace_time, has_arrays
+from .tables import never_masked
 
 
 class Tiles(NamedTuple):
@@ -46,8 +46,8 @@ def tiles(request: Request, block_q: int, block_k: int, by_key: bool) -> Tiles |
 
     `None` if it is known at trace time that all tiles are FULL.
     """
-    pairs, kv_len = request.pairs, request.lengths[1]
-    if isinstance(pairs.mask, Full) and kv_len % block_k == 0:
+    pairs = request.pairs
+    if never_masked(request, block_k):
         return None
     if parts(pairs.mask).written:
         cut = _written(request, block_q, block_k)
@@ -60,11 +60,9 @@ def tiles(request: Request, block_q: int, block_k: int, by_key: bool) -> Tiles |
     def build() -> tuple[Array, Array]:
         return _rows(_summarised(request, block_q, block_k), by_key)
 
-    if any(map(is_array, jax.tree.leaves((pairs.mask, pairs.q, pairs.kv)))):
+    if has_arrays((pairs.mask, pairs.q, pairs.kv)):
         return Tiles(*build(), None, None)
-    # Now, and on no mesh, of which this may be inside.
-    no_mesh = jax.sharding.use_abstract_mesh(AbstractMesh((), ()))
-    with jax.ensure_compile_time_eval(), no_mesh:
+    with at_trace_time():
         number, kind = (np.asarray(x) for x in jax.jit(build)())
     longest = max(1, int((kind > 0).sum(-1).max()))
     return Tiles(*(jnp.asarray(x[..., :longest]) for x in (number, kind)), None, None)

@@ -11,7 +11,7 @@ from .._axes import ceil_div
 from .._mask import Full
 from .._mechanism.base import Blocks, Request
 from .._mechanism.plan import Grid, Kinds, kinds, lists
-from .._static import is_array
+from .._static import has_arrays
 
 
 T = TypeVar("T")
@@ -98,7 +98,7 @@ def _of_kinds(
         some = found.some.at[..., 0].set(found.some[..., 0] | none)
         return build(found._replace(some=some))
 
-    if any(map(is_array, jax.tree.leaves((pairs.mask, pairs.q, pairs.kv)))):
+    if has_arrays((pairs.mask, pairs.q, pairs.kv)):
         return built()
     with jax.ensure_compile_time_eval():
         return built()

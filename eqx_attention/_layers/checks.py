@@ -22,6 +22,15 @@ def check_dropout(module: Any) -> None:
     check_rate(f"{type(module).__name__}: dropout_p", rate)
 
 
+def check_rotary(module: Any, size_name: str) -> None:
+    head_dim, size = getattr(module.rotary, "head_dim", None), getattr(module, size_name)
+    if head_dim != size:
+        raise ValueError(
+            f"{type(module).__name__}: rotary must have a head_dim of {size_name}={size}; "
+            f"got one of {head_dim}."
+        )
+
+
 def check_linear(module: Any, name: str, in_size: int, out_size: int) -> None:
     linear = getattr(module, name)
     got = tuple(getattr(linear, n, None) for n in ("in_features", "out_features"))

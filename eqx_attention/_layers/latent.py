@@ -1,4 +1,3 @@
-import dataclasses
 import functools as ft
 from typing import Any
 
@@ -14,7 +13,13 @@ from .._attention import Attention, AttentionConfig
 from .._cache import AbstractCache, StaticCache
 from .._mask import AbstractMask
 from .._tokens import both_positions
-from .checks import check_channels, check_dropout, check_linear, check_positive
+from .checks import (
+    check_channels,
+    check_dropout,
+    check_linear,
+    check_positive,
+    check_rotary,
+)
 from .heads import rms_norm
 from .latent_heads import (
     absorbed as absorbed_form,
@@ -25,7 +30,7 @@ from .latent_heads import (
     query_heads,
     uncompressed,
 )
-from .options import config_of, dropout_of, mask_of, of_cache
+from .options import attention_of, config_of, dropout_of, mask_of, of_cache
 from .positions import appended, positions as positions_of
 from .rotary import RotaryEmbedding
 
@@ -192,9 +197,7 @@ class MultiheadLatentAttention(eqx.Module):
         self.rotary = RotaryEmbedding(rope_size) if rotary is None else rotary
 
         attention = AttentionConfig() if attention is None else attention
-        if isinstance(attention, Attention):
-            inference = inference or attention.inference
-        self.dropout = eqx.nn.Dropout(dropout_of(self, attention, dropout_p), inference)
+        self.dropout = dropout_of(self, attention, dropout_p, inference)
         self._check_options()
 
         linear = ft.partial(eqx.nn.Linear, dtype=dtype)
@@ -243,12 +246,7 @@ class MultiheadLatentAttention(eqx.Module):
         if self.q_rank is not None:
             check_positive(self, "q_rank")
         check_dropout(self)
-        head_dim = getattr(self.rotary, "head_dim", None)
-        if head_dim != self.rope_size:
-            raise ValueError(
-                "MultiheadLatentAttention: rotary must have a head_dim of rope_size="
-                f"{self.rope_size}; got one of {head_dim}."
-            )
+        check_rotary(self, "rope_size")
 
     @classmethod
     @jaxtyped(typechecker=beartype)
@@ -279,11 +277,7 @@ class MultiheadLatentAttention(eqx.Module):
     def attention(self) -> Attention:
         """What attends between the projections, for example to
         `mla.attention.explain(...)`."""
-        config = dataclasses.replace(self.config, dropout=self.dropout.p)
-        attention = Attention.from_config(config, mesh=self.mesh)
-        if self.dropout.inference:
-            attention = eqx.nn.inference_mode(attention)
-        return attention
+        return attention_of(self)
 
     @property
     def cache_sizes(self) -> tuple[int, int, int]:

@@ -1,4 +1,3 @@
-import dataclasses
 import functools as ft
 import warnings
 from collections.abc import Callable
@@ -16,9 +15,15 @@ from .._attention import Attention, AttentionConfig
 from .._cache import AbstractCache
 from .._mask import AbstractMask
 from .._tokens import both_positions
-from .checks import check_channels, check_dropout, check_linear, check_positive
+from .checks import (
+    check_channels,
+    check_dropout,
+    check_linear,
+    check_positive,
+    check_rotary,
+)
 from .heads import normalise, process, project, rms_norm
-from .options import config_of, dropout_of, mask_of, of_cache
+from .options import attention_of, config_of, dropout_of, mask_of, of_cache
 from .positions import appended, positions
 from .rotary import RotaryEmbedding
 
@@ -193,9 +198,7 @@ class MultiheadAttention(eqx.Module):
         self.rotary = rotary
 
         attention = AttentionConfig() if attention is None else attention
-        if isinstance(attention, Attention):
-            inference = inference or attention.inference
-        self.dropout = eqx.nn.Dropout(dropout_of(self, attention, dropout_p), inference)
+        self.dropout = dropout_of(self, attention, dropout_p, inference)
         self._check_options()
 
         linear = ft.partial(eqx.nn.Linear, dtype=dtype)
@@ -246,12 +249,8 @@ class MultiheadAttention(eqx.Module):
                 "MultiheadAttention: num_kv_heads must divide num_heads; got "
                 f"num_heads={self.num_heads} and num_kv_heads={self.num_kv_heads}."
             )
-        head_dim = getattr(self.rotary, "head_dim", None)
-        if self.rotary is not None and head_dim != self.qk_size:
-            raise ValueError(
-                "MultiheadAttention: rotary must have a head_dim of qk_size="
-                f"{self.qk_size}; got one of {head_dim}."
-            )
+        if self.rotary is not None:
+            check_rotary(self, "qk_size")
 
     @classmethod
     @jaxtyped(typechecker=beartype)
@@ -280,11 +279,7 @@ class MultiheadAttention(eqx.Module):
     def attention(self) -> Attention:
         """What attends between the projections, for example to
         `mha.attention.explain(...)`."""
-        config = dataclasses.replace(self.config, dropout=self.dropout.p)
-        attention = Attention.from_config(config, mesh=self.mesh)
-        if self.dropout.inference:
-            attention = eqx.nn.inference_mode(attention)
-        return attention
+        return attention_of(self)
 
     @jax.named_scope("eqa.MultiheadAttention")
     @jaxtyped(typechecker=beartype)

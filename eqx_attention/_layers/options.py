@@ -18,16 +18,30 @@ def config_of(attention: AttentionConfig | Attention, **changed: Any) -> Attenti
     return AttentionConfig(**({n: getattr(attention, n) for n in names} | changed))
 
 
+def attention_of(module: Any) -> Attention:
+    """What attends between the projections of a layer."""
+    config = dataclasses.replace(module.config, dropout=module.dropout.p)
+    attention = Attention.from_config(config, mesh=module.mesh)
+    if module.dropout.inference:
+        attention = eqx.nn.inference_mode(attention)
+    return attention
+
+
 def dropout_of(
-    module: Any, attention: AttentionConfig | Attention, dropout_p: float
-) -> float:
-    """The dropout that is given in one of two places, or in both alike."""
+    module: Any,
+    attention: AttentionConfig | Attention,
+    dropout_p: float,
+    inference: bool,
+) -> eqx.nn.Dropout:
+    """The dropout that is given in one of two places, or in both alike; off if it is in
+    one of them."""
     if dropout_p != 0 and attention.dropout not in (0, dropout_p):
         raise ValueError(
             f"{type(module).__name__}: dropout_p must be that of attention, if both are "
             f"given; got {dropout_p}, and attention.dropout={attention.dropout}."
         )
-    return float(dropout_p if attention.dropout == 0 else attention.dropout)
+    rate = float(dropout_p if attention.dropout == 0 else attention.dropout)
+    return eqx.nn.Dropout(rate, inference or getattr(attention, "inference", False))
 
 
 def mask_of(module: Any, mask: Any, valid: AbstractMask | None, q_seq: int) -> AbstractMask:

@@ -96,6 +96,16 @@ class Request(eqx.Module):
         return self.query.shape[2] // self.key_.shape[2]
 
 
+def heads_unsupported(request: Request, largest: int) -> tuple[str, ...]:
+    """Why a mechanism refuses the sizes of heads, if it takes those up to `largest`."""
+    sizes = {"head_dim": request.query.shape[-1], "value_dim": request.value.shape[-1]}
+    return tuple(
+        f"{name} must be from 1 to {largest}, and is {size}"
+        for name, size in sizes.items()
+        if not 1 <= size <= largest
+    )
+
+
 def stored_unsupported(request: Request) -> tuple[str, ...]:
     """Why mechanisms that need arrays of all keys refuse, if they do."""
     for name, x in (("key_", request.key_), ("value", request.value)):

@@ -6,10 +6,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._device import compute_capability, version_of_jax, wider_than_16_bits
-from .base import AbstractMechanism, Blocks, Gradients, Request, stored_unsupported
+from .base import (
+    AbstractMechanism,
+    Blocks,
+    Gradients,
+    heads_unsupported,
+    Request,
+    stored_unsupported,
+)
 from .blockwise import Blockwise
 from .gather import keys_are_split
-from .hidden import seen_queries
+from .hidden import seen_queries, seen_rows
 from .varying import untyped
 
 
@@ -86,12 +93,7 @@ class Flash(AbstractMechanism):
 
         wide = padded_heads(seen_queries(request, lse))
         sizes = sizes_of(request)
-        empty = jnp.isneginf(lse)
-        dout_ = jnp.where(empty[..., None], 0, dout)
-        delta = (dout_.astype(lse.dtype) * out.astype(lse.dtype)).sum(-1)
-        if dlse is not None:
-            delta = delta - jnp.where(empty, 0, dlse)
-        low = jnp.where(empty, jnp.inf, lse)
+        low, dout_, delta = seen_rows(out, lse, dout, dlse)
         dout_ = _wider(dout_.astype(request.query.dtype), wide.value.shape[-1])
         blocks = backward_blocks(sizes, self.reproducible)
         backward = backward_kernels(sizes).backward
@@ -134,13 +136,7 @@ def kernels_unsupported(request: Request) -> tuple[str, ...]:
         oldest = ".".join(map(str, _OLDEST_JAX))
         reasons.append(f"it needs jax {oldest} or later, not {jax.__version__}")
     reasons += wider_than_16_bits(request.query, request.key_, request.value)
-    sizes = {
-        "head_dim": request.query.shape[-1],
-        "value_dim": request.value.shape[-1],
-    }
-    for name, size in sizes.items():
-        if not 1 <= size <= _LARGEST:
-            reasons.append(f"{name} must be from 1 to {_LARGEST}, and is {size}")
+    reasons += heads_unsupported(request, _LARGEST)
     if not reasons:
         from .._kernel.terms import not_elementwise
 

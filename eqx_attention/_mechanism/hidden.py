@@ -54,6 +54,22 @@ def seen_queries(request: Request, lse: Array) -> Request:
     return dataclasses.replace(request, query=query)
 
 
+def seen_rows(
+    out: Array, lse: Array, dout: Array, dlse: Array | None
+) -> tuple[Array, Array, Array]:
+    """What the gradient needs of each row: `(lse, dout, delta)`.
+
+    Rows that see nothing get the log-sum-exp +inf, so that all their weights are 0, and
+    zeros for what the weights are multiplied with.
+    """
+    empty = jnp.isneginf(lse)
+    dout = jnp.where(empty[..., None], 0, dout.astype(lse.dtype))
+    delta = (dout * out.astype(lse.dtype)).sum(-1)
+    if dlse is not None:
+        delta = delta - jnp.where(empty, 0, dlse)
+    return jnp.where(empty, jnp.inf, lse), dout, delta
+
+
 def _never_empty(request: Request) -> bool:
     """Whether it is known at trace time that each query sees a key."""
     pairs, (q_len, kv_len) = request.pairs, request.lengths

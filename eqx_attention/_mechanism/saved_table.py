@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from .._device import device_name
-from .._mask import Full
 from .base import Request
+from .measured import asked
 
 
 # Names the table, if there is one. Nothing else does: no file is looked for, so that the
@@ -114,15 +114,9 @@ def most_like(request: Request) -> Found | None:
     rows = [row for row in read(path) if row.device == device_name(request.platform)]
     if not rows:
         return None
-    _, length, _, head_dim = request.query.shape
-    masked = not isinstance(request.pairs.mask, Full)
+    call, dtype = asked(request), request.query.dtype.name
 
     def distance(row: Row):
-        return (
-            row.dtype != request.query.dtype.name,
-            abs(math.log2(row.shape[4] / max(1, head_dim))),
-            row.masked != masked,
-            abs(math.log2(row.shape[1] / max(1, length))),
-        )
+        return row.dtype != dtype, *call.unlike(row.shape, row.masked)
 
     return Found(min(rows, key=distance), path)

@@ -1,15 +1,21 @@
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._axes import ceil_div, largest_divisor
 from .._score import SoftCap
 from .._static import is_array
-from .base import AbstractMechanism, Blocks, Gradients, Request, stored_unsupported
+from .base import (
+    AbstractMechanism,
+    Blocks,
+    Gradients,
+    heads_unsupported,
+    Request,
+    stored_unsupported,
+)
 from .blockwise import Blockwise
 from .gather import keys_are_split
-from .hidden import without_nan
+from .hidden import seen_rows, without_nan
 from .splash_mask import mask_unsupported
 from .varying import untyped
 
@@ -101,13 +107,7 @@ class Splash(AbstractMechanism):
         if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float32"}:
             found = " and ".join(sorted(dtypes))
             reasons.append(f"it computes in bfloat16 or float32, not in {found}")
-        sizes = {
-            "head_dim": request.query.shape[-1],
-            "value_dim": request.value.shape[-1],
-        }
-        for name, size in sizes.items():
-            if not 1 <= size <= _LARGEST:
-                reasons.append(f"{name} must be from 1 to {_LARGEST}, and is {size}")
+        reasons += heads_unsupported(request, _LARGEST)
         if request.precision is not None:
             reasons.append(
                 f"its products take no precision, and precision={request.precision!r} was "
@@ -149,12 +149,7 @@ class Splash(AbstractMechanism):
     ) -> Gradients:
         from .._kernel.splash import backward
 
-        empty = jnp.isneginf(lse)
-        dout_ = jnp.where(empty[..., None], 0, dout)
-        delta = (dout_.astype(lse.dtype) * out.astype(lse.dtype)).sum(-1)
-        if dlse is not None:
-            delta = delta - jnp.where(empty, 0, dlse)
-        low = jnp.where(empty, jnp.inf, lse)
+        low, dout_, delta = seen_rows(out, lse, dout, dlse)
         dout_ = dout_.astype(request.query.dtype)
         sizes = self._sizes(request, _BACKWARD_TOKENS)
         grads = untyped(backward, without_nan(request, lse), low, delta, dout_, sizes)

@@ -15,6 +15,7 @@ from .._axes import Block, cut, over_batch
 from .._static import is_array, unwrap
 from .._tokens import places, tile
 from .base import Pairs, Request
+from .hidden import seen_rows
 
 
 class TileOf:
@@ -199,18 +200,8 @@ def tokens_first(x: Float[Array, "batch heads len channels"]) -> Array:
 
 
 def row_terms(request: Request, out, lse, dout, dlse):
-    """What the gradient needs of each row, heads first: `(q, (lse, dout, delta))`.
-
-    Rows that see nothing get the log-sum-exp +inf, so that all their weights are 0, and
-    zeros for what the weights are multiplied with.
-    """
-    empty = jnp.isneginf(lse)[..., None]
-    q = jnp.where(empty, 0, request.query)
-    out = out.astype(request.dtype)
-    dout = jnp.where(empty, 0, dout.astype(request.dtype))
-    delta = (dout * out).sum(-1)
-    if dlse is not None:
-        delta = delta - jnp.where(empty[..., 0], 0, dlse)
-    lse = jnp.where(empty[..., 0], jnp.inf, lse)
-    dout = tokens_first(dout)
-    return heads_first(request, q), (lse.swapaxes(1, 2), dout, delta.swapaxes(1, 2))
+    """What the gradient needs of each row, heads first: `(q, (lse, dout, delta))`, as by
+    `seen_rows`."""
+    q = jnp.where(jnp.isneginf(lse)[..., None], 0, request.query)
+    lse, dout, delta = (x.swapaxes(1, 2) for x in seen_rows(out, lse, dout, dlse))
+    return heads_first(request, q), (lse, dout, delta)
