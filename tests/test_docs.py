@@ -11,6 +11,7 @@ import eqx_attention as eqa
 import jax
 import matplotlib.pyplot as plt
 import pytest
+from eqx_attention._mechanism import flash
 
 
 # Left out on the newest jax: what this is about is our own.
@@ -64,6 +65,14 @@ def test_readme_is_short_and_has_the_two_commands():
     assert 80 <= len(lines) <= 120
     assert lines.count("pip install uv && uv run examples/train_lm.py") == 1
     assert lines.count("pip install uv && uv run pytest") == 1
+
+
+def test_pages_say_what_the_kernels_need():
+    """The oldest Python that the package takes gets a jax that has no kernels."""
+    oldest = ".".join(map(str, flash._OLDEST_JAX))
+    names = ("index", "getting-started", "how-to-choose", "kernels")
+    for page in (_root / "README.md", *(_root / f"docs/{name}.md" for name in names)):
+        assert re.search(rf"JAX {oldest}\b.*Python 3\.12", page.read_text()), page
 
 
 def test_every_public_name_is_in_the_docs():
