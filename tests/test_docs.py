@@ -60,6 +60,19 @@ def test_snippets(page, tmp_path, monkeypatch):
     plt.close("all")
 
 
+def test_getting_started_shows_what_explain_says(capsys):
+    page = (_root / "docs" / "getting-started.md").read_text()
+    above, call, below = page.partition("print(attention.explain(query, key_, value))\n```")
+    namespace = {}
+    for _, code in _snippets(above + call):
+        exec(code, namespace)
+    (shown,) = re.findall(r"^```text\n(.*?)^```$", below, re.DOTALL | re.MULTILINE)
+    # Newer versions of jax have the kernels.
+    both = (capsys.readouterr().out, shown)
+    said, shown = (re.sub("it needs jax .*?; ", "", text) for text in both)
+    assert said.endswith(shown) and shown.startswith("vanilla: ")
+
+
 def test_readme_is_short_and_has_the_two_commands():
     lines = (_root / "README.md").read_text().splitlines()
     assert 80 <= len(lines) <= 120
