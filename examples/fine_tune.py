@@ -83,7 +83,7 @@ def train(model, which, matrix, key, steps: int, batch: int, seq: int, lr: float
 
 def main(argv: list[str] | None = None) -> None:
     sizes = dict(steps=300, batch=16, seq=16, width=16, rank=2)
-    args = flags(argv, __doc__, "mask", **sizes, lr=5e-3)
+    args = flags(argv, __doc__, "mask", multiples=dict(width=2), **sizes, lr=5e-3)
     keys = jr.split(jr.key(0), 6)
     old = jr.normal(keys[0], (args.width, args.width)) / args.width**0.5
     up, down = jr.normal(keys[1], (2, args.width, args.rank)) / args.width**0.5

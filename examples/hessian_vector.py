@@ -77,7 +77,9 @@ def temporaries(seq: int, width: int) -> int:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = flags(argv, __doc__, "mask", steps=500, seq=12, width=4, long=4096)
+    sizes = dict(seq=12, width=4, long=4096)
+    multiples = dict(width=HEADS, long=4)
+    args = flags(argv, __doc__, "mask", multiples=multiples, steps=500, **sizes)
     attention = by_blocks
     if args.without:
         attention = ft.partial(by_blocks, mask=eqa.Full())

@@ -102,7 +102,8 @@ def train(
 
 def main(argv: list[str] | None = None) -> None:
     sizes = dict(steps=120, seq=32, batch=32, window=8, width=32)
-    args = flags(argv, __doc__, "score", **sizes, lr=5e-3, cap=50.0)
+    multiples = dict(width=HEADS)
+    args = flags(argv, __doc__, "score", multiples=multiples, **sizes, lr=5e-3, cap=50.0)
     score = () if args.without else eqa.SoftCap(args.cap)
     model = eqx.filter_jit(Model)(args.width, args.window, score, jr.key(0))
     lse = eqx.filter_jit(Block.lse)(model.blocks[0], model.embedding)

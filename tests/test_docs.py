@@ -11,6 +11,7 @@ import eqx_attention as eqa
 import jax
 import matplotlib.pyplot as plt
 import pytest
+from eqx_attention._mechanism import flash
 
 
 # Left out on the newest jax: what this is about is our own.
@@ -59,11 +60,32 @@ def test_snippets(page, tmp_path, monkeypatch):
     plt.close("all")
 
 
+def test_getting_started_shows_what_explain_says(capsys):
+    page = (_root / "docs" / "getting-started.md").read_text()
+    above, call, below = page.partition("print(attention.explain(query, key_, value))\n```")
+    namespace = {}
+    for _, code in _snippets(above + call):
+        exec(code, namespace)
+    (shown,) = re.findall(r"^```text\n(.*?)^```$", below, re.DOTALL | re.MULTILINE)
+    # Newer versions of jax have the kernels.
+    both = (capsys.readouterr().out, shown)
+    said, shown = (re.sub("it needs jax .*?; ", "", text) for text in both)
+    assert said.endswith(shown) and shown.startswith("vanilla: ")
+
+
 def test_readme_is_short_and_has_the_two_commands():
     lines = (_root / "README.md").read_text().splitlines()
     assert 80 <= len(lines) <= 120
     assert lines.count("pip install uv && uv run examples/train_lm.py") == 1
     assert lines.count("pip install uv && uv run pytest") == 1
+
+
+def test_pages_say_what_the_kernels_need():
+    """The oldest Python that the package takes gets a jax that has no kernels."""
+    oldest = ".".join(map(str, flash._OLDEST_JAX))
+    names = ("index", "getting-started", "how-to-choose", "kernels")
+    for page in (_root / "README.md", *(_root / f"docs/{name}.md" for name in names)):
+        assert re.search(rf"JAX {oldest}\b.*Python 3\.12", page.read_text()), page
 
 
 def test_every_public_name_is_in_the_docs():

@@ -52,6 +52,22 @@ def test_script(name, capsys):
             script.main([without, *flags])
 
 
+@pytest.mark.parametrize(
+    "name, flag, message",
+    [
+        ("hessian_vector", "--long=1", "--long must be a multiple of 4; got 1"),
+        ("hessian_vector", "--width=3", "--width must be a multiple of 2; got 3"),
+        ("fine_tune", "--width=1", "--width must be a multiple of 2; got 1"),
+        ("soft_cap", "--width=2", "--width must be a multiple of 4; got 2"),
+        ("soft_cap", "--cap=0", "--cap must be positive; got 0"),
+    ],
+)
+def test_bad_flags(name, flag, message, capsys):
+    with pytest.raises(SystemExit):
+        _SCRIPTS[name][0].main([flag])
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
 def _tensors(rng, width: int, hidden: int, depth: int) -> dict[str, np.ndarray]:
     """What a `BertModel` of a few tokens would save, at random."""
     shapes = {

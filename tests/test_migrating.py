@@ -135,6 +135,23 @@ def test_no_visible_key():
     assert_close(jnp.delete(new, 2, axis=0), jnp.delete(old, 2, axis=0), 2e-6)
 
 
+def test_inputs_that_only_equinox_takes():
+    """The other documented difference."""
+    theirs, x = _theirs(), _inputs()
+    ours, mask = eqa.from_equinox(theirs), _mask()
+    shape = jax.eval_shape(lambda: ours(*x, mask)).shape
+    assert jax.eval_shape(lambda: ours(*x, np.asarray(mask))).shape == shape
+    with jax.numpy_dtype_promotion("standard"):
+        for change in (np.asarray, lambda x: x.astype(int), lambda x: x + 0j):
+            inputs = [change(a) for a in x]
+            jax.eval_shape(lambda: theirs(*inputs, mask))
+            with pytest.raises(TypeError, match="parameter 'query'"):
+                ours(*inputs, mask)
+        jax.eval_shape(lambda: theirs(*x, mask.astype(int)))
+        with pytest.raises(TypeError, match="parameter 'mask'"):
+            ours(*x, mask.astype(int))
+
+
 def test_any_leaves():
     """It changes the layer around the leaves, and so comes before or after what changes
     leaves."""

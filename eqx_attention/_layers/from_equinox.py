@@ -20,9 +20,10 @@ _PROJECTIONS = ("query_proj", "key_proj", "value_proj", "output_proj")
 def from_equinox(module: eqx.nn.MultiheadAttention) -> MultiheadAttention:
     """Makes an [`eqx_attention.MultiheadAttention`][] of equinox's, with its parameters.
 
-    Whatever can be passed to the one can be passed to the other, and gives the same
-    output and gradients, but for the bits of dropout and for queries that see no key:
-    these give 0 here, and the mean of the values there.
+    JAX arrays of real floating-point numbers, and boolean masks, can be passed to both, and
+    give the same output and gradients, but for the bits of dropout and for queries that see
+    no key: these give 0 here, and the mean of the values there. Other inputs that equinox
+    takes are a `TypeError` here: NumPy arrays (but for masks), integers, complex numbers.
 
     What is in the place of the parameters is taken as it is: arrays, those of layers that
     are stacked for a scan, `jax.ShapeDtypeStruct`s, or `None` where `equinox.filter` left

@@ -60,7 +60,8 @@ class Flash(AbstractMechanism):
         """**Arguments:**
 
         - `reproducible`: whether gradients are the same, bit by bit, each time they are
-            computed. Under a causal mask that takes no longer. Default `False`.
+            computed. Under a causal mask that takes hardly longer, with heads of up to 128
+            channels. Default `False`.
         """
         self.reproducible = reproducible
 

@@ -1,7 +1,8 @@
 """The flags that the examples have in common."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 
 def parser(description: str | None, parts: tuple[str, ...]) -> argparse.ArgumentParser:
@@ -12,9 +13,15 @@ def parser(description: str | None, parts: tuple[str, ...]) -> argparse.Argument
 
 
 def flags(
-    argv: list[str] | None, doc: str | None, part: str, **defaults: int | float
+    argv: list[str] | None,
+    doc: str | None,
+    part: str,
+    *,
+    multiples: Mapping[str, int] = MappingProxyType({}),
+    **defaults: int | float,
 ) -> argparse.Namespace:
-    """Numbers, all of which must be positive, and `--without`, which takes `part`."""
+    """Numbers, all of which must be positive, and some `multiples` of others; and
+    `--without`, which takes `part`."""
     parser = _parser(doc, (part,))
     for name, default in defaults.items():
         parser.add_argument(
@@ -25,6 +32,8 @@ def flags(
         value = getattr(args, name)
         if not 0 < value < float("inf"):
             parser.error(f"--{name} must be positive; got {value}")
+        if value % multiples.get(name, value):
+            parser.error(f"--{name} must be a multiple of {multiples[name]}; got {value}")
     return args
 
 
