@@ -34,7 +34,7 @@ def run(
     num_attention_heads: int | None = None,
     num_key_value_heads: int | None = None,
     head_dim: int | None = None,
-    batch: int = 1,
+    batch: int | None = None,
     dtype: Any = None,
     chunk_size: int | None = None,
     masks: Sequence[str] | Mapping[str, AbstractMask | Callable[[int], AbstractMask]] = (
@@ -84,7 +84,8 @@ def run(
     - `num_attention_heads`: the number of query heads. Default: 8 on a CPU, 16 elsewhere.
     - `num_key_value_heads`: that of key heads, which divides it. Default: the same.
     - `head_dim`: the channels of a head. Default: 64 on a CPU, 128 elsewhere.
-    - `batch`: the batch size. Default 1.
+    - `batch`: the batch size. Default: 1, and with meshes the least that each of them
+        can split.
     - `dtype`: `"float32"`, `"bfloat16"`, `"float16"` or `"float64"`. Default: the first on
         a CPU, the second elsewhere.
     - `chunk_size`: how many queries and how many keys the tiles of `Blockwise` have, alone

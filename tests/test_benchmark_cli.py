@@ -318,25 +318,45 @@ def test_stopping_keeps_what_was_measured(tmp_path, monkeypatch):
     assert "stopped before its end" in result.output
 
 
-def test_meshes():
-    """Where the sequence is split, only what communicates is supported."""
-    report = benchmark.run(
-        axis_dims=(2, 1, 1, 2),
-        batch=2,
-        sequence_length=16,
-        masks=("causal",),
-        mechanisms=("vanilla", "all_gather"),
-        chunk_size=8,
-        **_SIZES,
+def test_meshes(tmp_path):
+    """Where the sequence is split, only what communicates is supported. The batch is what
+    the mesh can split."""
+    result = _invoke(
+        *("--mesh", "dp=2,sp=4", "--sequence-length", "16", "--masks", "causal"),
+        *("--mechanisms", "vanilla,all_gather", "--chunk-size", "4"),
+        *("--json", str(tmp_path / "a.json")),
     )
+    assert result.exit_code == 0, result.output
+    report = Report.from_json((tmp_path / "a.json").read_text())
+    assert report.settings["batch"] == 2
     rows = {(row.mesh, row.mechanism): row for row in report.rows}
     assert {key: row.status for key, row in rows.items()} == {
-        ("dp=2,sp=2", "vanilla"): "unsupported",
-        ("dp=2,sp=2", "all_gather"): "ok",
+        ("dp=2,sp=4", "vanilla"): "unsupported",
+        ("dp=2,sp=4", "all_gather"): "ok",
     }
-    row = rows["dp=2,sp=2", "all_gather"]
+    row = rows["dp=2,sp=4", "all_gather"]
     assert row.error_out < 1e-6 and row.error_grad < 2e-6 and row.both_ms > 0
-    assert "causal, on dp=2,sp=2" in str(report)
+    assert "causal, on dp=2,sp=4" in str(report)
+
+
+def test_the_batch_is_what_all_meshes_can_split():
+    def batch(*meshes, **given):
+        found = places.places(None, places.AXIS_NAMES, list(meshes), None)
+        return _settings(places=found, **({"batch": None} | given)).batch
+
+    assert _settings(batch=None).batch == 1
+    assert batch("dp=2,fsdp=2,sp=2") == 4 and batch("tp=2") == 1
+    assert batch("dp=3", "fsdp=2") == 6 and batch("dp=2", batch=3) == 3
+
+
+def test_nothing_measured_is_an_error(monkeypatch):
+    monkeypatch.setattr(measure, "matmul_tflops", lambda settings: 1.0)
+    result = _invoke(
+        *("--sequence-length", "16", "--masks", "full", "--mechanisms", "flash"),
+    )
+    assert result.exit_code == 1, result.output
+    assert "flash: unsupported" in result.output
+    assert "Error: nothing could be measured" in result.output
 
 
 @pytest.mark.slow

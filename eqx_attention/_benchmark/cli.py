@@ -52,7 +52,9 @@ def benchmark(
     ] = None,
     num_key_value_heads: Annotated[int | None, _option("The number of key heads.")] = None,
     head_dim: Annotated[int | None, _option("The channels of a head.")] = None,
-    batch: Annotated[int, _option("The batch size; default 1.")] = 1,
+    batch: Annotated[
+        int | None, _option("The batch size; default: the least that the meshes can split.")
+    ] = None,
     dtype: Annotated[str | None, _option("The dtype of the operands.")] = None,
     chunk_size: Annotated[int | None, _option("The size of Blockwise's tiles.")] = None,
     compare: Annotated[
@@ -113,6 +115,9 @@ def benchmark(
         typer.echo(f"Auto chooses by it with {VARIABLE}={os.path.abspath(save_table)}")
     if report.interrupted:
         raise typer.Exit(130)
+    if not any(row.status == "ok" for row in report.rows):
+        typer.echo("Error: nothing could be measured.", err=True)
+        raise typer.Exit(1)
 
 
 def _meshes(texts: list[str] | None) -> list[list[int]] | None:

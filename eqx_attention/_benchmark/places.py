@@ -33,6 +33,11 @@ class Place(NamedTuple):
         return math.prod(self.mesh.shape[x] for x in self.sharding.key_sequence) > 1
 
     @property
+    def least_batch(self) -> int:
+        """The least batch size that its devices can split."""
+        return 1 if self.sharding is None else self._size(self.sharding.batch)
+
+    @property
     def units(self) -> int:
         """Of how many devices operations are counted: those of a CPU share its cores."""
         return 1 if self.devices[0].platform == "cpu" else len(self.devices)

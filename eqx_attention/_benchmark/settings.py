@@ -1,5 +1,6 @@
 """What is to be measured: the arguments, checked."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -76,7 +77,7 @@ def settings_of(
     masks: Sequence[str] | Mapping[str, AbstractMask | MaskOf],
     mechanisms: Sequence[str] | None,
     compare: Sequence[str],
-    batch: int,
+    batch: int | None,
     num_attention_heads: int | None,
     num_key_value_heads: int | None,
     head_dim: int | None,
@@ -92,7 +93,7 @@ def settings_of(
     kv_heads = num_key_value_heads or heads
     for name, size in (
         *(("sequence_length", length) for length in lengths),
-        ("batch", batch),
+        ("batch", 1 if batch is None else batch),
         ("num_attention_heads", 1 if num_attention_heads is None else num_attention_heads),
         ("num_key_value_heads", 1 if num_key_value_heads is None else num_key_value_heads),
         ("head_dim", 1 if head_dim is None else head_dim),
@@ -125,7 +126,7 @@ def settings_of(
         masks=masks_of(masks),
         mechanisms=None if mechanisms is None else tuple(mechanisms),
         peers=tuple(compare),
-        batch=batch,
+        batch=math.lcm(*(x.least_batch for x in places)) if batch is None else batch,
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim or default.head_dim,
