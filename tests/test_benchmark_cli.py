@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -267,6 +268,42 @@ def test_out_of_memory_is_a_row(monkeypatch):
     assert "forward needs 0.0 GiB, and 0.0 GiB are free" in row.reason
     assert row.forward_mib > 2**-10
     assert "vanilla: out of memory: forward needs" in str(report)
+
+
+def test_masks_that_do_not_fit_are_rows(tmp_path):
+    given = {
+        "dense": eqa.Dense(jnp.ones((16, 16), bool)),
+        "segments": eqa.Segments.from_lengths(jnp.array([4, 4])),
+        "keys": eqa.Keys(jnp.ones(4, bool)),
+        "divides": lambda n: eqa.SlidingWindow(1 // 0),
+        "number": lambda n: 3,
+        "raises": lambda n: {}[n],
+        "good": lambda n: eqa.Causal(),
+    }
+    report = benchmark.run(
+        sequence_length=16,
+        masks=given,
+        mechanisms=("vanilla",),
+        save_table=tmp_path / "table.json",
+        **_SIZES,
+    )
+    rows = {row.mask: row for row in report.rows}
+    for name, status, error in (
+        ("segments", "unsupported", "mask.*16.*8"),
+        ("keys", "unsupported", "mask.*16.*4"),
+        ("divides", "failed", "ZeroDivisionError"),
+        ("number", "failed", "TypeError: mask: expected a mask"),
+        ("raises", "failed", "KeyError: 16"),
+    ):
+        assert rows[name].status == status and rows[name].both_ms is None
+        assert re.match(error, rows[name].reason), rows[name].reason
+    for name, pairs in (("dense", 16 * 16), ("good", 16 * 17 / 2)):
+        row = rows[name]
+        assert row.status == "ok"
+        assert row.forward_tflops == pytest.approx(4 * 2 * pairs * 8 / row.forward_ms / 1e9)
+    assert list(rows) == list(given)
+    (saved,) = saved_table.read(tmp_path / "table.json")
+    assert saved.masked
 
 
 @pytest.mark.slow

@@ -23,6 +23,17 @@ from ..testing._visible import pairs_of, visible_at
 
 MaskOf = Callable[[int], AbstractMask]
 
+# What a call raises of what it was given; and what else a function of a user's own may.
+ERRORS = (
+    NotImplementedError,
+    ValueError,
+    TypeError,
+    RuntimeError,
+    MemoryError,
+    AssertionError,
+)
+MASK_ERRORS = (*ERRORS, ArithmeticError, AttributeError, LookupError, NameError)
+
 
 class Named(NamedTuple):
     """`make` takes the length and the number that may follow the name after a colon."""

@@ -1,5 +1,7 @@
 """What is to be measured: the arguments, checked."""
 
+import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -8,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._axes import canonical, Sizes
 from .._distributed import MECHANISMS
 from .._mask import AbstractMask
 from .masks import MaskOf, masks_of
@@ -18,7 +21,7 @@ PEERS = ("jax", "tokamax", "torch")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
-class Sizes(NamedTuple):
+class Defaults(NamedTuple):
     """What is measured where nothing is asked for."""
 
     lengths: tuple[int, ...]
@@ -27,8 +30,8 @@ class Sizes(NamedTuple):
     dtype: str
 
 
-_ON_CPU = Sizes((256, 1024, 4096), 8, 64, "float32")
-_ON_ACCELERATOR = Sizes((1024, 4096, 16384), 16, 128, "bfloat16")
+_ON_CPU = Defaults((256, 1024, 4096), 8, 64, "float32")
+_ON_ACCELERATOR = Defaults((1024, 4096, 16384), 16, 128, "bfloat16")
 
 
 class Settings(NamedTuple):
@@ -151,14 +154,25 @@ def _dtype(dtype: Any) -> str:
     return name
 
 
-class Case(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Case:
     """What all mechanisms are measured on in turn."""
 
     settings: Settings
     place: Place
     length: int
     mask_name: str
-    mask: AbstractMask
+
+    @functools.cached_property
+    def mask(self) -> AbstractMask:
+        """Made when it is asked for, as a mask of a user's own may fail, or not fit.
+
+        **Raises:** one of `MASK_ERRORS`.
+        """
+        s = self.settings
+        mask = s.masks[self.mask_name](self.length)
+        canonical(mask, Sizes((s.batch,), s.num_heads, self.length, self.length), "mask")
+        return mask
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
@@ -176,8 +190,8 @@ class Case(NamedTuple):
 
 def cases(settings: Settings) -> list[Case]:
     return [
-        Case(settings, place, length, name, mask(length))
+        Case(settings, place, length, name)
         for place in settings.places
-        for name, mask in settings.masks.items()
+        for name in settings.masks
         for length in sorted(settings.lengths)
     ]
