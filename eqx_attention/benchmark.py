@@ -111,9 +111,11 @@ def run(
 
     **Returns:**
 
-    A [`eqx_attention.benchmark.Report`][].
+    A [`eqx_attention.benchmark.Report`][]. A file that could not be written after all, as
+    on a full disk, is named there.
 
-    **Raises:** `TypeError` or `ValueError` if an argument is wrong, naming it; and
+    **Raises:** `TypeError` or `ValueError` if an argument is wrong, naming it, or if a file
+    cannot be written; and
     `ImportError` if what `plot` or `progress` needs is not installed. All of this comes
     before anything is measured.
     """

@@ -9,6 +9,7 @@ import math
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from eqx_attention._benchmark import (
     saving,
     tables,
 )
+from eqx_attention._benchmark.measure import Measuring
 from eqx_attention._benchmark.report import Report, Row
 from eqx_attention._benchmark.settings import cases, settings_of
 from eqx_attention._mechanism import saved_table
@@ -268,6 +270,42 @@ def test_out_of_memory_is_a_row(monkeypatch):
     assert "forward needs 0.0 GiB, and 0.0 GiB are free" in row.reason
     assert row.forward_mib > 2**-10
     assert "vanilla: out of memory: forward needs" in str(report)
+
+
+@pytest.mark.parametrize("name", ("json", "csv", "plot", "save_table"))
+def test_files_that_cannot_be_written(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "matmul_tflops", lambda settings: pytest.fail("measured"))
+    (tmp_path / "file").touch()
+    (tmp_path / "a.png").mkdir()
+    option = f"--{name.replace('_', '-')}"
+    for path in (tmp_path / "file" / "a.png", tmp_path / "a.png"):
+        result = _invoke(option, str(path))
+        assert result.exit_code == 2, result.output
+        assert f"Error: {name}: cannot be written: {path}: " in result.output
+    assert {x.name for x in tmp_path.iterdir()} == {"file", "a.png"}
+
+
+def test_a_file_that_fails_later(tmp_path, monkeypatch):
+    """All of them do, once all was measured; the last write of rows counts."""
+    folder, measured = tmp_path / "folder", Measuring.rows
+
+    def rows(self):
+        yield from measured(self)
+        shutil.rmtree(folder)
+        folder.touch()
+
+    monkeypatch.setattr(Measuring, "rows", rows)
+    monkeypatch.setattr(measure, "matmul_tflops", lambda settings: 1.0)
+    names = ("json", "csv", "plot", "save-table")
+    result = _invoke(
+        *("--sequence-length", "8", "--masks", "full", "--mechanisms", "vanilla"),
+        *(x for name in names for x in (f"--{name}", str(folder / f"{name}.png"))),
+    )
+    assert result.exit_code == 1, result.output
+    assert "vanilla *" in result.output
+    for name in ("json", "csv", "plot", "save_table"):
+        assert f"{name}: could not be written: [Errno" in result.output
+        assert f"{name}: {folder}" not in result.output
 
 
 def test_masks_that_do_not_fit_are_rows(tmp_path):

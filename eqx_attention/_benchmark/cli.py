@@ -109,12 +109,15 @@ def benchmark(
         raise typer.Exit(2) from None
     show(report)
     for name, path in (("json", json), ("csv", csv), ("plot", plot)):
-        if path is not None:
+        if path is not None and name not in report.unwritten:
             typer.echo(f"{name}: {path}")
-    if save_table is not None and save_table.exists():
+    saved = save_table is not None and "save_table" not in report.unwritten
+    if saved and save_table.exists():
         typer.echo(f"Auto chooses by it with {VARIABLE}={os.path.abspath(save_table)}")
     if report.interrupted:
         raise typer.Exit(130)
+    if report.unwritten:
+        raise typer.Exit(1)
     if not any(row.status == "ok" for row in report.rows):
         typer.echo("Error: nothing could be measured.", err=True)
         raise typer.Exit(1)
