@@ -308,6 +308,21 @@ def test_a_file_that_fails_later(tmp_path, monkeypatch):
         assert f"{name}: {folder}" not in result.output
 
 
+def test_nothing_visible():
+    report = benchmark.run(
+        sequence_length=8,
+        masks={"nothing": eqa.Padding(0)},
+        mechanisms=("vanilla",),
+        **_SIZES,
+    )
+    (row,) = report.rows
+    assert (row.status, row.grad_norm_ratio, row.grad_max) == ("ok", 1.0, 0.0)
+    assert expected._ratio(2.0, 0.0) == expected._ratio(math.nan, 0.0) == math.inf
+    padding = masks.masks_of(["padding"])["padding"]
+    for length, pairs in ((64, 64), (65, 65), (66, 132)):
+        assert masks.num_pairs(padding(length), 1, 1, length) == pairs
+
+
 def test_masks_that_do_not_fit_are_rows(tmp_path):
     given = {
         "dense": eqa.Dense(jnp.ones((16, 16), bool)),
@@ -506,6 +521,9 @@ _WRONG = {
     "mesh: expected None": dict(mesh="dp=2", axis_dims=(1, 1, 1, 1)),
     "expected each mesh once": dict(axis_dims=[(1, 1, 1, 2), (1, 1, 1, 2)]),
     "sharding: expected None": dict(sharding=eqa.Sharding(batch="dp")),
+    "sharding: expected axes of the mesh.*'x'.*; got 'dp'": dict(
+        mesh={"x": 1}, sharding=eqa.Sharding(batch="dp")
+    ),
     "plot: expected a file name": dict(plot="plot.docx"),
     "chunk_size: expected None": dict(save_table="table.json", chunk_size=8),
     "masks: expected Full": dict(save_table="table.json", masks=["window"]),

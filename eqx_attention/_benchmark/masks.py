@@ -64,9 +64,9 @@ MASKS = {
         lambda length, n: Causal() & Chunked(n), 256, "causal, in chunks of 256"
     ),
     "padding": Named(
-        lambda length, n: Padding(max(0, length - n)),
+        lambda length, n: Padding(max(1, length - n)),
         64,
-        "all but the last 64 keys",
+        "all but the last 64 keys, but at least one",
     ),
 }
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P, SingleDeviceSharding
 
-from .._distributed import Sharding
+from .._distributed import check_mesh, Sharding
 
 
 AXIS_NAMES = ("dp", "fsdp", "tp", "sp")
@@ -153,6 +153,7 @@ def _mesh(dims: tuple[int, ...], names: tuple[str, ...]) -> Mesh:
 def _place(mesh: Mesh, sharding: Sharding | None) -> Place:
     if sharding is None:
         sharding = _sharding(mesh.axis_names)
+    check_mesh(sharding, mesh)
     parts = [f"{name}={size}" for name, size in mesh.shape.items() if size > 1]
     name = ",".join(parts) or f"{mesh.axis_names[0]}=1"
     return Place(name, tuple(mesh.devices.flat), mesh, sharding)
