@@ -90,11 +90,11 @@ def run(
         a CPU, the second elsewhere.
     - `chunk_size`: how many queries and how many keys the tiles of `Blockwise` have, alone
         or within a mechanism that communicates. Default: chosen from the shapes.
-    - `masks`: names, of `"full"`, `"causal"`, `"window"`, `"documents"`, `"prefix_lm"`,
-        `"chunked"` and `"padding"`; all but the first two may have a number, as in
-        `"window:1023"`. Or a dictionary from names of your own to masks, or to functions
-        from a length to a mask. Default: `"full"`, `"causal"`, `"window"`.
-    - `mechanisms`: their names. Default: all that may do it.
+    - `masks`: names, or one, of `"full"`, `"causal"`, `"window"`, `"documents"`,
+        `"prefix_lm"`, `"chunked"` and `"padding"`; all but the first two may have a number,
+        as in `"window:1023"`. Or a dictionary from names of your own to masks, or to
+        functions from a length to a mask. Default: `"full"`, `"causal"`, `"window"`.
+    - `mechanisms`: their names, or one. Default: all that may do it.
     - `compare`: other libraries to measure on the same, `"jax"` (`jax.nn`), `"tokamax"`
         and `"torch"` (PyTorch), where they can be imported. Default: none.
     - `mesh`: another way to say `axis_dims` and `axis_names`: `"dp=2,sp=4"`, a dictionary

@@ -308,6 +308,19 @@ def test_a_file_that_fails_later(tmp_path, monkeypatch):
         assert f"{name}: {folder}" not in result.output
 
 
+def test_one_name_is_one_of_one():
+    settings = _settings(masks="causal", mechanisms="vanilla", compare="jax")
+    assert list(settings.masks) == ["causal"]
+    assert (settings.mechanisms, settings.peers) == (("vanilla",), ("jax",))
+    alone, prefix = _settings(masks=("window:0", "prefix_lm:0")).masks.values()
+    assert masks.num_pairs(alone(7), 1, 1, 7) == 7
+    assert masks.num_pairs(prefix(7), 1, 1, 7) == 28
+    with pytest.raises(TypeError, match="sequence_length: expected an integer, got True"):
+        _settings(sequence_length=(8, True))
+    with pytest.raises(TypeError, match="sequence_length"):  # as seen here, or by beartype
+        _settings(sequence_length=(8, "a"))
+
+
 def test_nothing_visible():
     report = benchmark.run(
         sequence_length=8,
@@ -503,7 +516,16 @@ _WRONG = {
     "sequence_length: expected at least one": dict(sequence_length=()),
     "rounds: expected at least 1": dict(rounds=0),
     "num_key_value_heads: expected a divisor": dict(num_key_value_heads=3),
-    "mechanisms: expected some of .*; got 'flash_attn2'": dict(mechanisms=["flash_attn2"]),
+    "mechanisms: expected one of 'auto', .*, 'ring'; got 'flash_attn2', which is called "
+    "'flash' here": dict(mechanisms=["flash_attn2"]),
+    "mechanisms: .* got 'vanila'; did you mean 'vanilla'": dict(mechanisms="vanila"),
+    "sequence_length: expected each once, got 16 again": dict(sequence_length=(16, 8, 16)),
+    "masks: expected each once, got 'causal' again": dict(masks=("causal", "causal")),
+    "mechanisms: expected each once, got 'auto' again": dict(mechanisms=("auto", "auto")),
+    "compare: expected each once, got 'jax' again": dict(compare=("jax", "jax")),
+    "masks: expected documents:8 or the like, got 'documents:0'": dict(masks="documents:0"),
+    "sequence_length: expected an integer, got True": dict(sequence_length=True),
+    "num_attention_heads: expected an integer, got True": dict(num_attention_heads=True),
     "mechanisms: expected at least one": dict(mechanisms=[]),
     "compare: expected some of jax, tokamax, torch": dict(compare=["flax"]),
     "masks: expected some of full": dict(masks=["circular"]),
@@ -534,7 +556,7 @@ _WRONG = {
 @pytest.mark.parametrize("error", _WRONG)
 def test_wrong_arguments(error, monkeypatch):
     monkeypatch.setattr(measure, "matmul_tflops", lambda settings: pytest.fail("measured"))
-    with pytest.raises(ValueError, match=error):
+    with pytest.raises((TypeError, ValueError), match=error):
         benchmark.run(**_WRONG[error])
 
 

@@ -35,7 +35,7 @@ def _numbers(name: str, text: str | None) -> list[int] | None:
     parts = _split(text)
     if parts is None:
         return None
-    if not parts or not all(x.removeprefix("-").isdigit() for x in parts):
+    if not parts or not all(x.removeprefix("-").isdecimal() for x in parts):
         raise ValueError(f"{name}: expected numbers with commas between, got {text!r}.")
     return [int(x) for x in parts]
 

@@ -36,11 +36,13 @@ MASK_ERRORS = (*ERRORS, ArithmeticError, AttributeError, LookupError, NameError)
 
 
 class Named(NamedTuple):
-    """`make` takes the length and the number that may follow the name after a colon."""
+    """`make` takes the length and the number that may follow the name after a colon, which
+    is at least `least`."""
 
     make: Callable[[int, int], AbstractMask]
     number: int | None
     says: str
+    least: int = 1
 
 
 def _documents(length: int, count: int) -> AbstractMask:
@@ -55,10 +57,11 @@ MASKS = {
         lambda length, n: Causal() & SlidingWindow(n),
         255,
         "the query's own key and the 255 before it",
+        least=0,
     ),
     "documents": Named(_documents, 8, "causal, in 8 documents of random lengths"),
     "prefix_lm": Named(
-        lambda length, n: PrefixLM(n), 256, "causal, and the first 256 keys"
+        lambda length, n: PrefixLM(n), 256, "causal, and the first 256 keys", 0
     ),
     "chunked": Named(
         lambda length, n: Causal() & Chunked(n), 256, "causal, in chunks of 256"
@@ -67,6 +70,7 @@ MASKS = {
         lambda length, n: Padding(max(1, length - n)),
         64,
         "all but the last 64 keys, but at least one",
+        least=0,
     ),
 }
 
@@ -97,7 +101,8 @@ def _by_name(text: str) -> MaskOf:
         raise ValueError(f"masks: expected some of {', '.join(MASKS)}; got {text!r}.")
     if not colon:
         return lambda length: named.make(length, named.number or 0)
-    if named.number is None or not number.isdigit() or int(number) < 1:
+    valid = number.isdecimal() and int(number) >= named.least
+    if named.number is None or not valid:
         wanted = name if named.number is None else f"{name}:{named.number} or the like"
         raise ValueError(f"masks: expected {wanted}, got {text!r}.")
     return lambda length: named.make(length, int(number))

@@ -101,7 +101,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     for part in text.split(","):
         name, _, size = (x.strip() for x in part.partition("="))
         digits = size.removeprefix("-")
-        if not name or not digits.isdigit() or name in found:
+        if not name or not digits.isdecimal() or name in found:
             raise ValueError(f"mesh: expected 'dp=2,sp=4' or the like, got {text!r}.")
         found[name] = int(size)
     return found

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._axes import canonical, Sizes
-from .._distributed import MECHANISMS
+from .._distributed import check_name, MECHANISMS
 from .._mask import AbstractMask
 from .masks import MaskOf, masks_of
 from .places import Place, STRATEGIES
@@ -77,9 +77,9 @@ def settings_of(
     *,
     places: tuple[Place, ...],
     sequence_length: int | Sequence[int] | None,
-    masks: Sequence[str] | Mapping[str, AbstractMask | MaskOf],
-    mechanisms: Sequence[str] | None,
-    compare: Sequence[str],
+    masks: str | Sequence[str] | Mapping[str, AbstractMask | MaskOf],
+    mechanisms: str | Sequence[str] | None,
+    compare: str | Sequence[str],
     batch: int | None,
     num_attention_heads: int | None,
     num_key_value_heads: int | None,
@@ -92,8 +92,9 @@ def settings_of(
     default = _ON_CPU if cpu else _ON_ACCELERATOR
     lengths = default.lengths if sequence_length is None else sequence_length
     lengths = (lengths,) if isinstance(lengths, int) else tuple(lengths)
-    heads = num_attention_heads or default.num_heads
-    kv_heads = num_key_value_heads or heads
+    masks = _several(masks)
+    mechanisms = None if mechanisms is None else _several(mechanisms)
+    compare = _several(compare)
     for name, size in (
         *(("sequence_length", length) for length in lengths),
         ("batch", 1 if batch is None else batch),
@@ -103,32 +104,43 @@ def settings_of(
         ("chunk_size", 1 if chunk_size is None else chunk_size),
         ("rounds", rounds),
     ):
+        if not isinstance(size, int) or isinstance(size, bool):
+            raise TypeError(f"{name}: expected an integer, got {size!r}.")
         if size < 1:
             raise ValueError(f"{name}: expected at least 1, got {size}.")
     if not lengths:
         raise ValueError("sequence_length: expected at least one, got none.")
+    heads = num_attention_heads or default.num_heads
+    kv_heads = num_key_value_heads or heads
     if heads % kv_heads:
         raise ValueError(
             f"num_key_value_heads: expected a divisor of num_attention_heads, which is "
             f"{heads}; got {kv_heads}."
         )
-    for name, given, known in (
-        ("mechanisms", mechanisms or (), tuple(MECHANISMS)),
-        ("compare", compare, PEERS),
+    for mechanism in mechanisms or ():
+        check_name("mechanisms", mechanism, otherwise="")
+    unknown = [repr(x) for x in compare if x not in PEERS]
+    if unknown:
+        raise ValueError(
+            f"compare: expected some of {', '.join(PEERS)}; got {', '.join(unknown)}."
+        )
+    for name, given in (
+        ("sequence_length", lengths),
+        ("masks", tuple(masks)),
+        ("mechanisms", mechanisms or ()),
+        ("compare", compare),
     ):
-        unknown = [repr(x) for x in given if x not in known]
-        if unknown:
-            raise ValueError(
-                f"{name}: expected some of {', '.join(known)}; got {', '.join(unknown)}."
-            )
+        twice = [repr(x) for x in dict.fromkeys(given) if given.count(x) > 1]
+        if twice:
+            raise ValueError(f"{name}: expected each once, got {', '.join(twice)} again.")
     if mechanisms is not None and not mechanisms and not compare:
         raise ValueError("mechanisms: expected at least one, or something to compare.")
     return Settings(
         places=places,
         lengths=lengths,
         masks=masks_of(masks),
-        mechanisms=None if mechanisms is None else tuple(mechanisms),
-        peers=tuple(compare),
+        mechanisms=mechanisms,
+        peers=compare,
         batch=math.lcm(*(x.least_batch for x in places)) if batch is None else batch,
         num_heads=heads,
         num_kv_heads=kv_heads,
@@ -137,6 +149,13 @@ def settings_of(
         chunk_size=chunk_size,
         rounds=rounds,
     )
+
+
+def _several(names: Any) -> Any:
+    """A name alone is one of one."""
+    if isinstance(names, str):
+        return (names,)
+    return names if isinstance(names, Mapping) else tuple(names)
 
 
 def _dtype(dtype: Any) -> str:
