@@ -111,8 +111,8 @@ def benchmark(
     for name, path in (("json", json), ("csv", csv), ("plot", plot)):
         if path is not None and name not in report.unwritten:
             typer.echo(f"{name}: {path}")
-    saved = save_table is not None and "save_table" not in report.unwritten
-    if saved and save_table.exists():
+    written = "save_table" not in report.unwritten
+    if save_table is not None and written and save_table.exists():
         typer.echo(f"Auto chooses by it with {VARIABLE}={os.path.abspath(save_table)}")
     if report.interrupted:
         raise typer.Exit(130)

@@ -92,9 +92,9 @@ def settings_of(
     default = _ON_CPU if cpu else _ON_ACCELERATOR
     lengths = default.lengths if sequence_length is None else sequence_length
     lengths = (lengths,) if isinstance(lengths, int) else tuple(lengths)
-    masks = _several(masks)
-    mechanisms = None if mechanisms is None else _several(mechanisms)
-    compare = _several(compare)
+    several = masks if isinstance(masks, Mapping) else _several(masks)
+    names = None if mechanisms is None else _several(mechanisms)
+    peers = _several(compare)
     for name, size in (
         *(("sequence_length", length) for length in lengths),
         ("batch", 1 if batch is None else batch),
@@ -117,30 +117,31 @@ def settings_of(
             f"num_key_value_heads: expected a divisor of num_attention_heads, which is "
             f"{heads}; got {kv_heads}."
         )
-    for mechanism in mechanisms or ():
+    for mechanism in names or ():
         check_name("mechanisms", mechanism, otherwise="")
-    unknown = [repr(x) for x in compare if x not in PEERS]
+    unknown = [repr(x) for x in peers if x not in PEERS]
     if unknown:
         raise ValueError(
             f"compare: expected some of {', '.join(PEERS)}; got {', '.join(unknown)}."
         )
-    for name, given in (
-        ("sequence_length", lengths),
-        ("masks", tuple(masks)),
-        ("mechanisms", mechanisms or ()),
-        ("compare", compare),
-    ):
+    each: dict[str, tuple[str | int, ...]] = {
+        "sequence_length": lengths,
+        "masks": tuple(several),
+        "mechanisms": names or (),
+        "compare": peers,
+    }
+    for name, given in each.items():
         twice = [repr(x) for x in dict.fromkeys(given) if given.count(x) > 1]
         if twice:
             raise ValueError(f"{name}: expected each once, got {', '.join(twice)} again.")
-    if mechanisms is not None and not mechanisms and not compare:
+    if names is not None and not names and not peers:
         raise ValueError("mechanisms: expected at least one, or something to compare.")
     return Settings(
         places=places,
         lengths=lengths,
-        masks=masks_of(masks),
-        mechanisms=mechanisms,
-        peers=compare,
+        masks=masks_of(several),
+        mechanisms=names,
+        peers=peers,
         batch=math.lcm(*(x.least_batch for x in places)) if batch is None else batch,
         num_heads=heads,
         num_kv_heads=kv_heads,
@@ -151,11 +152,9 @@ def settings_of(
     )
 
 
-def _several(names: Any) -> Any:
+def _several(names: str | Sequence[str]) -> tuple[str, ...]:
     """A name alone is one of one."""
-    if isinstance(names, str):
-        return (names,)
-    return names if isinstance(names, Mapping) else tuple(names)
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _dtype(dtype: Any) -> str:
