@@ -272,6 +272,7 @@ def test_out_of_memory_is_a_row(monkeypatch):
     assert "vanilla: out of memory: forward needs" in str(report)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ("json", "csv", "plot", "save_table"))
 def test_files_that_cannot_be_written(name, tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "matmul_tflops", lambda settings: pytest.fail("measured"))
@@ -285,6 +286,7 @@ def test_files_that_cannot_be_written(name, tmp_path, monkeypatch):
     assert {x.name for x in tmp_path.iterdir()} == {"file", "a.png"}
 
 
+@pytest.mark.slow
 def test_a_file_that_fails_later(tmp_path, monkeypatch):
     """All of them do, once all was measured; the last write of rows counts."""
     folder, measured = tmp_path / "folder", Measuring.rows
@@ -308,6 +310,7 @@ def test_a_file_that_fails_later(tmp_path, monkeypatch):
         assert f"{name}: {folder}" not in result.output
 
 
+@pytest.mark.slow
 def test_one_name_is_one_of_one():
     settings = _settings(masks="causal", mechanisms="vanilla", compare="jax")
     assert list(settings.masks) == ["causal"]
@@ -321,6 +324,7 @@ def test_one_name_is_one_of_one():
         _settings(sequence_length=(8, "a"))
 
 
+@pytest.mark.slow
 def test_nothing_visible():
     report = benchmark.run(
         sequence_length=8,
@@ -442,6 +446,7 @@ def test_meshes(tmp_path):
     assert "causal, on dp=2,sp=4" in str(report)
 
 
+@pytest.mark.slow
 def test_the_batch_is_what_all_meshes_can_split():
     def batch(*meshes, **given):
         found = places.places(None, places.AXIS_NAMES, list(meshes), None)
