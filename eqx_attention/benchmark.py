@@ -34,7 +34,7 @@ def run(
     num_attention_heads: int | None = None,
     num_key_value_heads: int | None = None,
     head_dim: int | None = None,
-    batch: int = 1,
+    batch: int | None = None,
     dtype: Any = None,
     chunk_size: int | None = None,
     masks: Sequence[str] | Mapping[str, AbstractMask | Callable[[int], AbstractMask]] = (
@@ -84,16 +84,17 @@ def run(
     - `num_attention_heads`: the number of query heads. Default: 8 on a CPU, 16 elsewhere.
     - `num_key_value_heads`: that of key heads, which divides it. Default: the same.
     - `head_dim`: the channels of a head. Default: 64 on a CPU, 128 elsewhere.
-    - `batch`: the batch size. Default 1.
+    - `batch`: the batch size. Default: 1, and with meshes the least that each of them
+        can split.
     - `dtype`: `"float32"`, `"bfloat16"`, `"float16"` or `"float64"`. Default: the first on
         a CPU, the second elsewhere.
     - `chunk_size`: how many queries and how many keys the tiles of `Blockwise` have, alone
         or within a mechanism that communicates. Default: chosen from the shapes.
-    - `masks`: names, of `"full"`, `"causal"`, `"window"`, `"documents"`, `"prefix_lm"`,
-        `"chunked"` and `"padding"`; all but the first two may have a number, as in
-        `"window:1023"`. Or a dictionary from names of your own to masks, or to functions
-        from a length to a mask. Default: `"full"`, `"causal"`, `"window"`.
-    - `mechanisms`: their names. Default: all that may do it.
+    - `masks`: names, or one, of `"full"`, `"causal"`, `"window"`, `"documents"`,
+        `"prefix_lm"`, `"chunked"` and `"padding"`; all but the first two may have a number,
+        as in `"window:1023"`. Or a dictionary from names of your own to masks, or to
+        functions from a length to a mask. Default: `"full"`, `"causal"`, `"window"`.
+    - `mechanisms`: their names, or one. Default: all that may do it.
     - `compare`: other libraries to measure on the same, `"jax"` (`jax.nn`), `"tokamax"`
         and `"torch"` (PyTorch), where they can be imported. Default: none.
     - `mesh`: another way to say `axis_dims` and `axis_names`: `"dp=2,sp=4"`, a dictionary
@@ -110,9 +111,11 @@ def run(
 
     **Returns:**
 
-    A [`eqx_attention.benchmark.Report`][].
+    A [`eqx_attention.benchmark.Report`][]. A file that could not be written after all, as
+    on a full disk, is named there.
 
-    **Raises:** `TypeError` or `ValueError` if an argument is wrong, naming it; and
+    **Raises:** `TypeError` or `ValueError` if an argument is wrong, naming it, or if a file
+    cannot be written; and
     `ImportError` if what `plot` or `progress` needs is not installed. All of this comes
     before anything is measured.
     """

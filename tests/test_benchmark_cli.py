@@ -8,6 +8,8 @@ import json
 import math
 import os
 import pathlib
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +32,7 @@ from eqx_attention._benchmark import (
     saving,
     tables,
 )
+from eqx_attention._benchmark.measure import Measuring
 from eqx_attention._benchmark.report import Report, Row
 from eqx_attention._benchmark.settings import cases, settings_of
 from eqx_attention._mechanism import saved_table
@@ -270,6 +273,110 @@ def test_out_of_memory_is_a_row(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ("json", "csv", "plot", "save_table"))
+def test_files_that_cannot_be_written(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "matmul_tflops", lambda settings: pytest.fail("measured"))
+    (tmp_path / "file").touch()
+    (tmp_path / "a.png").mkdir()
+    option = f"--{name.replace('_', '-')}"
+    for path in (tmp_path / "file" / "a.png", tmp_path / "a.png"):
+        result = _invoke(option, str(path))
+        assert result.exit_code == 2, result.output
+        assert f"Error: {name}: cannot be written: {path}: " in result.output
+    assert {x.name for x in tmp_path.iterdir()} == {"file", "a.png"}
+
+
+@pytest.mark.slow
+def test_a_file_that_fails_later(tmp_path, monkeypatch):
+    """All of them do, once all was measured; the last write of rows counts."""
+    folder, measured = tmp_path / "folder", Measuring.rows
+
+    def rows(self):
+        yield from measured(self)
+        shutil.rmtree(folder)
+        folder.touch()
+
+    monkeypatch.setattr(Measuring, "rows", rows)
+    monkeypatch.setattr(measure, "matmul_tflops", lambda settings: 1.0)
+    names = ("json", "csv", "plot", "save-table")
+    result = _invoke(
+        *("--sequence-length", "8", "--masks", "full", "--mechanisms", "vanilla"),
+        *(x for name in names for x in (f"--{name}", str(folder / f"{name}.png"))),
+    )
+    assert result.exit_code == 1, result.output
+    assert "vanilla *" in result.output
+    for name in ("json", "csv", "plot", "save_table"):
+        assert f"{name}: could not be written: [Errno" in result.output
+        assert f"{name}: {folder}" not in result.output
+
+
+@pytest.mark.slow
+def test_one_name_is_one_of_one():
+    settings = _settings(masks="causal", mechanisms="vanilla", compare="jax")
+    assert list(settings.masks) == ["causal"]
+    assert (settings.mechanisms, settings.peers) == (("vanilla",), ("jax",))
+    alone, prefix = _settings(masks=("window:0", "prefix_lm:0")).masks.values()
+    assert masks.num_pairs(alone(7), 1, 1, 7) == 7
+    assert masks.num_pairs(prefix(7), 1, 1, 7) == 28
+    with pytest.raises(TypeError, match="sequence_length: expected an integer, got True"):
+        _settings(sequence_length=(8, True))
+    with pytest.raises(TypeError, match="sequence_length"):  # as seen here, or by beartype
+        _settings(sequence_length=(8, "a"))
+
+
+@pytest.mark.slow
+def test_nothing_visible():
+    report = benchmark.run(
+        sequence_length=8,
+        masks={"nothing": eqa.Padding(0)},
+        mechanisms=("vanilla",),
+        **_SIZES,
+    )
+    (row,) = report.rows
+    assert (row.status, row.grad_norm_ratio, row.grad_max) == ("ok", 1.0, 0.0)
+    assert expected._ratio(2.0, 0.0) == expected._ratio(math.nan, 0.0) == math.inf
+    padding = masks.masks_of(["padding"])["padding"]
+    for length, pairs in ((64, 64), (65, 65), (66, 132)):
+        assert masks.num_pairs(padding(length), 1, 1, length) == pairs
+
+
+def test_masks_that_do_not_fit_are_rows(tmp_path):
+    given = {
+        "dense": eqa.Dense(jnp.ones((16, 16), bool)),
+        "segments": eqa.Segments.from_lengths(jnp.array([4, 4])),
+        "keys": eqa.Keys(jnp.ones(4, bool)),
+        "divides": lambda n: eqa.SlidingWindow(1 // 0),
+        "number": lambda n: 3,
+        "raises": lambda n: {}[n],
+        "good": lambda n: eqa.Causal(),
+    }
+    report = benchmark.run(
+        sequence_length=16,
+        masks=given,
+        mechanisms=("vanilla",),
+        save_table=tmp_path / "table.json",
+        **_SIZES,
+    )
+    rows = {row.mask: row for row in report.rows}
+    for name, status, error in (
+        ("segments", "unsupported", "mask.*16.*8"),
+        ("keys", "unsupported", "mask.*16.*4"),
+        ("divides", "failed", "ZeroDivisionError"),
+        ("number", "failed", "TypeError: mask: expected a mask"),
+        ("raises", "failed", "KeyError: 16"),
+    ):
+        assert rows[name].status == status and rows[name].both_ms is None
+        assert re.match(error, rows[name].reason), rows[name].reason
+    for name, pairs in (("dense", 16 * 16), ("good", 16 * 17 / 2)):
+        row = rows[name]
+        assert row.status == "ok"
+        assert row.forward_tflops == pytest.approx(4 * 2 * pairs * 8 / row.forward_ms / 1e9)
+    assert list(rows) == list(given)
+    (saved,) = saved_table.read(tmp_path / "table.json")
+    assert saved.masked
+
+
+@pytest.mark.slow
 def test_errors_are_rows():
     unsupported = eqa.UnsupportedError(
         "X does not support this call: it is red; it is old. Mechanisms that do: none."
@@ -318,25 +425,46 @@ def test_stopping_keeps_what_was_measured(tmp_path, monkeypatch):
     assert "stopped before its end" in result.output
 
 
-def test_meshes():
-    """Where the sequence is split, only what communicates is supported."""
-    report = benchmark.run(
-        axis_dims=(2, 1, 1, 2),
-        batch=2,
-        sequence_length=16,
-        masks=("causal",),
-        mechanisms=("vanilla", "all_gather"),
-        chunk_size=8,
-        **_SIZES,
+def test_meshes(tmp_path):
+    """Where the sequence is split, only what communicates is supported. The batch is what
+    the mesh can split."""
+    result = _invoke(
+        *("--mesh", "dp=2,sp=4", "--sequence-length", "16", "--masks", "causal"),
+        *("--mechanisms", "vanilla,all_gather", "--chunk-size", "4"),
+        *("--json", str(tmp_path / "a.json")),
     )
+    assert result.exit_code == 0, result.output
+    report = Report.from_json((tmp_path / "a.json").read_text())
+    assert report.settings["batch"] == 2
     rows = {(row.mesh, row.mechanism): row for row in report.rows}
     assert {key: row.status for key, row in rows.items()} == {
-        ("dp=2,sp=2", "vanilla"): "unsupported",
-        ("dp=2,sp=2", "all_gather"): "ok",
+        ("dp=2,sp=4", "vanilla"): "unsupported",
+        ("dp=2,sp=4", "all_gather"): "ok",
     }
-    row = rows["dp=2,sp=2", "all_gather"]
+    row = rows["dp=2,sp=4", "all_gather"]
     assert row.error_out < 1e-6 and row.error_grad < 2e-6 and row.both_ms > 0
-    assert "causal, on dp=2,sp=2" in str(report)
+    assert "causal, on dp=2,sp=4" in str(report)
+
+
+@pytest.mark.slow
+def test_the_batch_is_what_all_meshes_can_split():
+    def batch(*meshes, **given):
+        found = places.places(None, places.AXIS_NAMES, list(meshes), None)
+        return _settings(places=found, **({"batch": None} | given)).batch
+
+    assert _settings(batch=None).batch == 1
+    assert batch("dp=2,fsdp=2,sp=2") == 4 and batch("tp=2") == 1
+    assert batch("dp=3", "fsdp=2") == 6 and batch("dp=2", batch=3) == 3
+
+
+def test_nothing_measured_is_an_error(monkeypatch):
+    monkeypatch.setattr(measure, "matmul_tflops", lambda settings: 1.0)
+    result = _invoke(
+        *("--sequence-length", "16", "--masks", "full", "--mechanisms", "flash"),
+    )
+    assert result.exit_code == 1, result.output
+    assert "flash: unsupported" in result.output
+    assert "Error: nothing could be measured" in result.output
 
 
 @pytest.mark.slow
@@ -393,7 +521,16 @@ _WRONG = {
     "sequence_length: expected at least one": dict(sequence_length=()),
     "rounds: expected at least 1": dict(rounds=0),
     "num_key_value_heads: expected a divisor": dict(num_key_value_heads=3),
-    "mechanisms: expected some of .*; got 'flash_attn2'": dict(mechanisms=["flash_attn2"]),
+    "mechanisms: expected one of 'auto', .*, 'ring'; got 'flash_attn2', which is called "
+    "'flash' here": dict(mechanisms=["flash_attn2"]),
+    "mechanisms: .* got 'vanila'; did you mean 'vanilla'": dict(mechanisms="vanila"),
+    "sequence_length: expected each once, got 16 again": dict(sequence_length=(16, 8, 16)),
+    "masks: expected each once, got 'causal' again": dict(masks=("causal", "causal")),
+    "mechanisms: expected each once, got 'auto' again": dict(mechanisms=("auto", "auto")),
+    "compare: expected each once, got 'jax' again": dict(compare=("jax", "jax")),
+    "masks: expected documents:8 or the like, got 'documents:0'": dict(masks="documents:0"),
+    "sequence_length: expected an integer, got True": dict(sequence_length=True),
+    "num_attention_heads: expected an integer, got True": dict(num_attention_heads=True),
     "mechanisms: expected at least one": dict(mechanisms=[]),
     "compare: expected some of jax, tokamax, torch": dict(compare=["flax"]),
     "masks: expected some of full": dict(masks=["circular"]),
@@ -411,6 +548,9 @@ _WRONG = {
     "mesh: expected None": dict(mesh="dp=2", axis_dims=(1, 1, 1, 1)),
     "expected each mesh once": dict(axis_dims=[(1, 1, 1, 2), (1, 1, 1, 2)]),
     "sharding: expected None": dict(sharding=eqa.Sharding(batch="dp")),
+    "sharding: expected axes of the mesh.*'x'.*; got 'dp'": dict(
+        mesh={"x": 1}, sharding=eqa.Sharding(batch="dp")
+    ),
     "plot: expected a file name": dict(plot="plot.docx"),
     "chunk_size: expected None": dict(save_table="table.json", chunk_size=8),
     "masks: expected Full": dict(save_table="table.json", masks=["window"]),
@@ -421,7 +561,7 @@ _WRONG = {
 @pytest.mark.parametrize("error", _WRONG)
 def test_wrong_arguments(error, monkeypatch):
     monkeypatch.setattr(measure, "matmul_tflops", lambda settings: pytest.fail("measured"))
-    with pytest.raises(ValueError, match=error):
+    with pytest.raises((TypeError, ValueError), match=error):
         benchmark.run(**_WRONG[error])
 
 
@@ -432,7 +572,7 @@ def test_what_is_not_installed(monkeypatch):
         for name in [x for x in sys.modules if x.startswith(f"{module}.")]:
             monkeypatch.delitem(sys.modules, name)
     wanted = (
-        r"needs [\w.]+, which is not installed: `pip install 'eqx_attention\[benchmark\]'`"
+        r"needs [\w.]+, which is not installed: `pip install '.\[benchmark\]'` in a clone"
     )
     with pytest.raises(ImportError, match=f"plot {wanted}"):
         benchmark.run(plot="plot.png")
@@ -441,7 +581,7 @@ def test_what_is_not_installed(monkeypatch):
     with pytest.raises(ImportError, match=f"it {wanted}"):
         extras.needed("matplotlib.figure", "it")
     result = CliRunner().invoke(cli.app, ["--plot", "plot.png"])
-    assert result.exit_code == 2 and "eqx_attention[benchmark]" in result.output
+    assert result.exit_code == 2 and "pip install '.[benchmark]'" in result.output
 
 
 @pytest.mark.thorough

@@ -35,7 +35,7 @@ def _numbers(name: str, text: str | None) -> list[int] | None:
     parts = _split(text)
     if parts is None:
         return None
-    if not parts or not all(x.removeprefix("-").isdigit() for x in parts):
+    if not parts or not all(x.removeprefix("-").isdecimal() for x in parts):
         raise ValueError(f"{name}: expected numbers with commas between, got {text!r}.")
     return [int(x) for x in parts]
 
@@ -52,7 +52,9 @@ def benchmark(
     ] = None,
     num_key_value_heads: Annotated[int | None, _option("The number of key heads.")] = None,
     head_dim: Annotated[int | None, _option("The channels of a head.")] = None,
-    batch: Annotated[int, _option("The batch size; default 1.")] = 1,
+    batch: Annotated[
+        int | None, _option("The batch size; default: the least that the meshes can split.")
+    ] = None,
     dtype: Annotated[str | None, _option("The dtype of the operands.")] = None,
     chunk_size: Annotated[int | None, _option("The size of Blockwise's tiles.")] = None,
     compare: Annotated[
@@ -107,12 +109,18 @@ def benchmark(
         raise typer.Exit(2) from None
     show(report)
     for name, path in (("json", json), ("csv", csv), ("plot", plot)):
-        if path is not None:
+        if path is not None and name not in report.unwritten:
             typer.echo(f"{name}: {path}")
-    if save_table is not None and save_table.exists():
+    written = "save_table" not in report.unwritten
+    if save_table is not None and written and save_table.exists():
         typer.echo(f"Auto chooses by it with {VARIABLE}={os.path.abspath(save_table)}")
     if report.interrupted:
         raise typer.Exit(130)
+    if report.unwritten:
+        raise typer.Exit(1)
+    if not any(row.status == "ok" for row in report.rows):
+        typer.echo("Error: nothing could be measured.", err=True)
+        raise typer.Exit(1)
 
 
 def _meshes(texts: list[str] | None) -> list[list[int]] | None:

@@ -46,7 +46,8 @@ class Part(NamedTuple):
 class Errors(NamedTuple):
     """Largest differences, relative to the largest number of what is right. `norm_ratio` is
     the norm of all gradients over that of the right ones, and `largest` the largest
-    gradient. All are NaN or infinite if something is."""
+    gradient. All are NaN or infinite if something is;
+    `norm_ratio` is infinite if the right gradients alone are zero."""
 
     out: float
     gradients: tuple[float, float, float]
@@ -79,9 +80,16 @@ class Expected(NamedTuple):
         return Errors(
             self.error_of_out(out),
             tuple(_error(g, want, whole) for g, want, whole in each),  # pyright: ignore
-            norms[0] / norms[1] if norms[1] > 0 else math.nan,
+            _ratio(*norms),
             max(_largest(x) for x in gradients),
         )
+
+
+def _ratio(got: float, want: float) -> float:
+    """Of norms. Where nothing is visible, all gradients are zero."""
+    if want > 0:
+        return got / want
+    return 1.0 if got == 0 else math.inf
 
 
 def _error(got: np.ndarray, want: np.ndarray, whole: np.ndarray) -> float:

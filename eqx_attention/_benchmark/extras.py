@@ -16,5 +16,5 @@ def needed(module: str, what: str) -> types.ModuleType:
             raise
         raise ImportError(
             f"{what} needs {error.name}, which is not installed: "
-            "`pip install 'eqx_attention[benchmark]'`."
+            "`pip install '.[benchmark]'` in a clone of eqx_attention."
         ) from None

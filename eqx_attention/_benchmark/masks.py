@@ -23,13 +23,26 @@ from ..testing._visible import pairs_of, visible_at
 
 MaskOf = Callable[[int], AbstractMask]
 
+# What a call raises of what it was given; and what else a function of a user's own may.
+ERRORS = (
+    NotImplementedError,
+    ValueError,
+    TypeError,
+    RuntimeError,
+    MemoryError,
+    AssertionError,
+)
+MASK_ERRORS = (*ERRORS, ArithmeticError, AttributeError, LookupError, NameError)
+
 
 class Named(NamedTuple):
-    """`make` takes the length and the number that may follow the name after a colon."""
+    """`make` takes the length and the number that may follow the name after a colon, which
+    is at least `least`."""
 
     make: Callable[[int, int], AbstractMask]
     number: int | None
     says: str
+    least: int = 1
 
 
 def _documents(length: int, count: int) -> AbstractMask:
@@ -44,18 +57,20 @@ MASKS = {
         lambda length, n: Causal() & SlidingWindow(n),
         255,
         "the query's own key and the 255 before it",
+        least=0,
     ),
     "documents": Named(_documents, 8, "causal, in 8 documents of random lengths"),
     "prefix_lm": Named(
-        lambda length, n: PrefixLM(n), 256, "causal, and the first 256 keys"
+        lambda length, n: PrefixLM(n), 256, "causal, and the first 256 keys", 0
     ),
     "chunked": Named(
         lambda length, n: Causal() & Chunked(n), 256, "causal, in chunks of 256"
     ),
     "padding": Named(
-        lambda length, n: Padding(max(0, length - n)),
+        lambda length, n: Padding(max(1, length - n)),
         64,
-        "all but the last 64 keys",
+        "all but the last 64 keys, but at least one",
+        least=0,
     ),
 }
 
@@ -86,7 +101,8 @@ def _by_name(text: str) -> MaskOf:
         raise ValueError(f"masks: expected some of {', '.join(MASKS)}; got {text!r}.")
     if not colon:
         return lambda length: named.make(length, named.number or 0)
-    if named.number is None or not number.isdigit() or int(number) < 1:
+    valid = number.isdecimal() and int(number) >= named.least
+    if named.number is None or not valid:
         wanted = name if named.number is None else f"{name}:{named.number} or the like"
         raise ValueError(f"masks: expected {wanted}, got {text!r}.")
     return lambda length: named.make(length, int(number))

@@ -13,7 +13,7 @@ import numpy as np
 from .._errors import UnsupportedError
 from .clock import seconds
 from .expected import Expected, expected_of
-from .masks import num_pairs
+from .masks import ERRORS, MASK_ERRORS, num_pairs
 from .memory import available_bytes
 from .peers import of_peer
 from .programs import Candidate, of_mechanism, Operands, Program
@@ -22,15 +22,6 @@ from .settings import Case, cases, Settings
 
 
 PASSES = ("forward", "both")
-# What mechanisms and other libraries raise of a call. XLA's errors are `RuntimeError`s.
-_ERRORS = (
-    NotImplementedError,
-    ValueError,
-    TypeError,
-    RuntimeError,
-    MemoryError,
-    AssertionError,
-)
 _NO_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "Out of memory", "DefaultCPUAllocator")
 
 
@@ -100,6 +91,7 @@ class _Group:
         self.found: dict[str, dict[str, Any]] = {}
         self.programs: dict[str, dict[str, Program]] = {}
         self.times: dict[tuple[str, str], list[float]] = {}
+        self.pairs = 0
 
     def prepare(self) -> None:
         """Compiles all, and compares each with what is right."""
@@ -110,7 +102,9 @@ class _Group:
             expected = expected_of(case, host)
             part = case.place.put(expected.part.alone(host[3]))
             operands = Operands(arrays, part)  # pyright: ignore[reportArgumentType]
-        except _ERRORS as error:
+            s = case.settings
+            self.pairs = num_pairs(case.mask, s.batch, s.num_heads, case.length)
+        except MASK_ERRORS as error:
             for name in (*names, *case.settings.peers):
                 self._refuse(name, error)
             return
@@ -118,7 +112,7 @@ class _Group:
             self.measuring.step(case, name, "compiling")
             try:
                 candidate = of_mechanism(name, case, operands)
-            except _ERRORS as error:
+            except ERRORS as error:
                 self._refuse(name, error)
             else:
                 self._prepare(candidate, expected)
@@ -126,7 +120,7 @@ class _Group:
             self.measuring.step(case, peer, "compiling")
             try:
                 candidates = of_peer(peer, case, operands)
-            except _ERRORS as error:
+            except ERRORS as error:
                 self._refuse(peer, error)
             else:
                 for candidate in candidates:
@@ -144,7 +138,7 @@ class _Group:
                 self._check_fits(program, which)
                 row |= _compared(program, which, expected)
                 self.programs.setdefault(candidate.name, {})[which] = program
-        except (NeedsMemory, *_ERRORS) as error:
+        except (NeedsMemory, *ERRORS) as error:
             self._refuse(candidate.name, error)
 
     def _check_fits(self, program: Program, which: str) -> None:
@@ -182,7 +176,7 @@ class _Group:
                         self.measuring.step(self.case, name, "timing")
                     try:
                         took = seconds(program.call, program.wait, each=on_cpu)
-                    except _ERRORS as error:
+                    except ERRORS as error:
                         del self.programs[name]
                         self._refuse(name, error)
                     else:
@@ -190,14 +184,13 @@ class _Group:
 
     def rows(self) -> Iterator[Row]:
         case, s = self.case, self.case.settings
-        pairs = num_pairs(case.mask, s.batch, s.num_heads, case.length)
         for name, found in self.found.items():
             row = dict(found)
             for which, factor in zip(PASSES, (1.0, 3.5), strict=True):
                 rounds = self.times.get((name, which))
                 if rounds:
                     took = statistics.median(rounds)
-                    rate = 4 * pairs * s.head_dim * factor / took / 1e12
+                    rate = 4 * self.pairs * s.head_dim * factor / took / 1e12
                     row |= {f"{which}_ms": took * 1e3, f"{which}_tflops": rate}
                     if self.measuring.matmul_tflops:
                         most = self.measuring.matmul_tflops * case.place.units

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P, SingleDeviceSharding
 
-from .._distributed import Sharding
+from .._distributed import check_mesh, Sharding
 
 
 AXIS_NAMES = ("dp", "fsdp", "tp", "sp")
@@ -31,6 +31,11 @@ class Place(NamedTuple):
         if self.mesh is None or self.sharding is None:
             return False
         return math.prod(self.mesh.shape[x] for x in self.sharding.key_sequence) > 1
+
+    @property
+    def least_batch(self) -> int:
+        """The least batch size that its devices can split."""
+        return 1 if self.sharding is None else self._size(self.sharding.batch)
 
     @property
     def units(self) -> int:
@@ -96,7 +101,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     for part in text.split(","):
         name, _, size = (x.strip() for x in part.partition("="))
         digits = size.removeprefix("-")
-        if not name or not digits.isdigit() or name in found:
+        if not name or not digits.isdecimal() or name in found:
             raise ValueError(f"mesh: expected 'dp=2,sp=4' or the like, got {text!r}.")
         found[name] = int(size)
     return found
@@ -148,6 +153,7 @@ def _mesh(dims: tuple[int, ...], names: tuple[str, ...]) -> Mesh:
 def _place(mesh: Mesh, sharding: Sharding | None) -> Place:
     if sharding is None:
         sharding = _sharding(mesh.axis_names)
+    check_mesh(sharding, mesh)
     parts = [f"{name}={size}" for name, size in mesh.shape.items() if size > 1]
     name = ",".join(parts) or f"{mesh.axis_names[0]}=1"
     return Place(name, tuple(mesh.devices.flat), mesh, sharding)

@@ -85,6 +85,8 @@ class Report:
     - `matmul_tflops`: of a matrix product in the same dtype, on one device.
     - `rows`: a tuple of [`eqx_attention.benchmark.Row`][].
     - `interrupted`: whether it was stopped before its end.
+    - `unwritten`: of each file that was asked for and could not be written in the end, by
+        the name of its argument, why. This is not in files.
     """
 
     settings: dict[str, Any]
@@ -92,6 +94,7 @@ class Report:
     matmul_tflops: float | None
     rows: tuple[Row, ...]
     interrupted: bool = False
+    unwritten: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
         from .tables import plain
@@ -101,7 +104,9 @@ class Report:
     def to_json(self) -> str:
         """All of it, as JSON."""
         head = {"format": _FORMAT, "version": _VERSION}
-        return json.dumps(head | dataclasses.asdict(self), indent=1, allow_nan=False) + "\n"
+        content = dataclasses.asdict(self)
+        del content["unwritten"]
+        return json.dumps(head | content, indent=1, allow_nan=False) + "\n"
 
     @staticmethod
     def from_json(text: str) -> "Report":

@@ -1,17 +1,18 @@
 """A run: from what is to be measured to a report, and its files."""
 
 import contextlib
+import dataclasses
 import datetime
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 
 from .._device import device_name
 from .extras import needed
-from .files import write_text
+from .files import check_writable, write_text
 from .measure import Measuring, Watch
 from .plot import check_plot, draw
 from .report import Report, Row
@@ -33,12 +34,29 @@ class Files(NamedTuple):
 
 def run_all(settings: Settings, files: Files, progress: bool) -> Report:
     """Measures; files are whole, and hold all rows that there are, at any time."""
+    for name, path in zip(("json", "csv", "plot", "save_table"), files, strict=True):
+        if path is not None:
+            check_writable(name, path)
     if files.plot is not None:
         check_plot(files.plot)
     if files.table is not None:
         check_table(files.table, settings)
     rows: list[Row] = []
     machine = machine_of(settings)
+    unwritten: dict[str, str] = {}
+
+    def write(name: str, path: Path | None, write_to: Callable[[Path], None]) -> None:
+        if path is None:
+            return
+        unwritten.pop(name, None)
+        try:
+            write_to(path)
+        except (OSError, ValueError) as error:
+            unwritten[name] = str(error)
+
+    def write_rows(report: Report) -> None:
+        write("json", files.json, lambda path: write_text(path, report.to_json()))
+        write("csv", files.csv, lambda path: write_text(path, report.to_csv()))
 
     def report(interrupted: bool) -> Report:
         found = (settings.as_dict(), machine, measuring.matmul_tflops)
@@ -49,23 +67,14 @@ def run_all(settings: Settings, files: Files, progress: bool) -> Report:
         try:
             for row in measuring.rows():
                 rows.append(row)
-                _write(report(False), files)
+                write_rows(report(False))
         except KeyboardInterrupt:  # between two cases
             measuring.interrupted = True
     found = report(measuring.interrupted)
-    _write(found, files)
-    if files.plot is not None:
-        draw(found, files.plot)
-    if files.table is not None:
-        save_table(found, settings, files.table)
-    return found
-
-
-def _write(report: Report, files: Files) -> None:
-    if files.json is not None:
-        write_text(files.json, report.to_json())
-    if files.csv is not None:
-        write_text(files.csv, report.to_csv())
+    write_rows(found)
+    write("plot", files.plot, lambda path: draw(found, path))
+    write("save_table", files.table, lambda path: save_table(found, settings, path))
+    return dataclasses.replace(found, unwritten=unwritten)
 
 
 def machine_of(settings: Settings) -> dict[str, Any]:

@@ -4,9 +4,10 @@ import os
 import warnings
 
 from .._device import device_name
-from .._mask import AbstractMask, Causal, Full
+from .._mask import Causal, Full
 from .._mechanism.saved_table import read, Row as Saved, text_of
 from .files import write_text
+from .masks import MASK_ERRORS, MaskOf
 from .places import STRATEGIES
 from .report import Report
 from .settings import Settings
@@ -19,8 +20,8 @@ def check_table(path: str | os.PathLike[str], settings: Settings) -> None:
     """That what will be measured can be saved there."""
     if os.path.exists(path):
         read(path)
-    masks = [mask(settings.lengths[0]) for mask in settings.masks.values()]
-    named = {"masks": any(_is_masked(mask) is not None for mask in masks)}
+    known = (_is_masked(x, settings.lengths[0]) for x in settings.masks.values())
+    named = {"masks": any(x is not None for x in known)}
     named["axis_dims or mesh"] = any(place.mesh is None for place in settings.places)
     for name, fits in named.items():
         if not fits:
@@ -35,8 +36,13 @@ def check_table(path: str | os.PathLike[str], settings: Settings) -> None:
         )
 
 
-def _is_masked(mask: AbstractMask) -> bool | None:
-    """What the table knows of a mask; None if it is not one that it is made of."""
+def _is_masked(mask_of: MaskOf, length: int) -> bool | None:
+    """What the table knows of a mask; None if it is not one that it is made of, or cannot
+    be made."""
+    try:
+        mask = mask_of(length)
+    except MASK_ERRORS:
+        return None
     match mask:
         case Full():
             return False
@@ -52,7 +58,7 @@ def save_table(report: Report, settings: Settings, path: str | os.PathLike[str])
     for row in report.rows:
         timed = row.both_ms is not None and row.status == "ok" and not row.mesh
         ours = timed and row.explain and row.mechanism not in _NOT_CHOSEN
-        masked = _is_masked(settings.masks[row.mask](row.sequence_length))
+        masked = _is_masked(settings.masks[row.mask], row.sequence_length)
         if ours and masked is not None and row.both_ms is not None:
             case = (row.sequence_length, masked)
             times.setdefault(case, {})[row.mechanism] = round(row.both_ms, 4)

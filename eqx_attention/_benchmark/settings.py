@@ -1,5 +1,8 @@
 """What is to be measured: the arguments, checked."""
 
+import dataclasses
+import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -7,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._distributed import MECHANISMS
+from .._axes import canonical, Sizes
+from .._distributed import check_name, MECHANISMS
 from .._mask import AbstractMask
 from .masks import MaskOf, masks_of
 from .places import Place, STRATEGIES
@@ -17,7 +21,7 @@ PEERS = ("jax", "tokamax", "torch")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
-class Sizes(NamedTuple):
+class Defaults(NamedTuple):
     """What is measured where nothing is asked for."""
 
     lengths: tuple[int, ...]
@@ -26,8 +30,8 @@ class Sizes(NamedTuple):
     dtype: str
 
 
-_ON_CPU = Sizes((256, 1024, 4096), 8, 64, "float32")
-_ON_ACCELERATOR = Sizes((1024, 4096, 16384), 16, 128, "bfloat16")
+_ON_CPU = Defaults((256, 1024, 4096), 8, 64, "float32")
+_ON_ACCELERATOR = Defaults((1024, 4096, 16384), 16, 128, "bfloat16")
 
 
 class Settings(NamedTuple):
@@ -73,10 +77,10 @@ def settings_of(
     *,
     places: tuple[Place, ...],
     sequence_length: int | Sequence[int] | None,
-    masks: Sequence[str] | Mapping[str, AbstractMask | MaskOf],
-    mechanisms: Sequence[str] | None,
-    compare: Sequence[str],
-    batch: int,
+    masks: str | Sequence[str] | Mapping[str, AbstractMask | MaskOf],
+    mechanisms: str | Sequence[str] | None,
+    compare: str | Sequence[str],
+    batch: int | None,
     num_attention_heads: int | None,
     num_key_value_heads: int | None,
     head_dim: int | None,
@@ -88,44 +92,57 @@ def settings_of(
     default = _ON_CPU if cpu else _ON_ACCELERATOR
     lengths = default.lengths if sequence_length is None else sequence_length
     lengths = (lengths,) if isinstance(lengths, int) else tuple(lengths)
-    heads = num_attention_heads or default.num_heads
-    kv_heads = num_key_value_heads or heads
+    several = masks if isinstance(masks, Mapping) else _several(masks)
+    names = None if mechanisms is None else _several(mechanisms)
+    peers = _several(compare)
     for name, size in (
         *(("sequence_length", length) for length in lengths),
-        ("batch", batch),
+        ("batch", 1 if batch is None else batch),
         ("num_attention_heads", 1 if num_attention_heads is None else num_attention_heads),
         ("num_key_value_heads", 1 if num_key_value_heads is None else num_key_value_heads),
         ("head_dim", 1 if head_dim is None else head_dim),
         ("chunk_size", 1 if chunk_size is None else chunk_size),
         ("rounds", rounds),
     ):
+        if not isinstance(size, int) or isinstance(size, bool):
+            raise TypeError(f"{name}: expected an integer, got {size!r}.")
         if size < 1:
             raise ValueError(f"{name}: expected at least 1, got {size}.")
     if not lengths:
         raise ValueError("sequence_length: expected at least one, got none.")
+    heads = num_attention_heads or default.num_heads
+    kv_heads = num_key_value_heads or heads
     if heads % kv_heads:
         raise ValueError(
             f"num_key_value_heads: expected a divisor of num_attention_heads, which is "
             f"{heads}; got {kv_heads}."
         )
-    for name, given, known in (
-        ("mechanisms", mechanisms or (), tuple(MECHANISMS)),
-        ("compare", compare, PEERS),
-    ):
-        unknown = [repr(x) for x in given if x not in known]
-        if unknown:
-            raise ValueError(
-                f"{name}: expected some of {', '.join(known)}; got {', '.join(unknown)}."
-            )
-    if mechanisms is not None and not mechanisms and not compare:
+    for mechanism in names or ():
+        check_name("mechanisms", mechanism, otherwise="")
+    unknown = [repr(x) for x in peers if x not in PEERS]
+    if unknown:
+        raise ValueError(
+            f"compare: expected some of {', '.join(PEERS)}; got {', '.join(unknown)}."
+        )
+    each: dict[str, tuple[str | int, ...]] = {
+        "sequence_length": lengths,
+        "masks": tuple(several),
+        "mechanisms": names or (),
+        "compare": peers,
+    }
+    for name, given in each.items():
+        twice = [repr(x) for x in dict.fromkeys(given) if given.count(x) > 1]
+        if twice:
+            raise ValueError(f"{name}: expected each once, got {', '.join(twice)} again.")
+    if names is not None and not names and not peers:
         raise ValueError("mechanisms: expected at least one, or something to compare.")
     return Settings(
         places=places,
         lengths=lengths,
-        masks=masks_of(masks),
-        mechanisms=None if mechanisms is None else tuple(mechanisms),
-        peers=tuple(compare),
-        batch=batch,
+        masks=masks_of(several),
+        mechanisms=names,
+        peers=peers,
+        batch=math.lcm(*(x.least_batch for x in places)) if batch is None else batch,
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim or default.head_dim,
@@ -133,6 +150,11 @@ def settings_of(
         chunk_size=chunk_size,
         rounds=rounds,
     )
+
+
+def _several(names: str | Sequence[str]) -> tuple[str, ...]:
+    """A name alone is one of one."""
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _dtype(dtype: Any) -> str:
@@ -150,14 +172,25 @@ def _dtype(dtype: Any) -> str:
     return name
 
 
-class Case(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Case:
     """What all mechanisms are measured on in turn."""
 
     settings: Settings
     place: Place
     length: int
     mask_name: str
-    mask: AbstractMask
+
+    @functools.cached_property
+    def mask(self) -> AbstractMask:
+        """Made when it is asked for, as a mask of a user's own may fail, or not fit.
+
+        **Raises:** one of `MASK_ERRORS`.
+        """
+        s = self.settings
+        mask = s.masks[self.mask_name](self.length)
+        canonical(mask, Sizes((s.batch,), s.num_heads, self.length, self.length), "mask")
+        return mask
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
@@ -175,8 +208,8 @@ class Case(NamedTuple):
 
 def cases(settings: Settings) -> list[Case]:
     return [
-        Case(settings, place, length, name, mask(length))
+        Case(settings, place, length, name)
         for place in settings.places
-        for name, mask in settings.masks.items()
+        for name in settings.masks
         for length in sorted(settings.lengths)
     ]

@@ -129,6 +129,8 @@ def notes(report: Report) -> list[str]:
         lines.append(f"meshes, the fastest first, relative to it: {', '.join(each)}")
     if report.interrupted:
         lines.append("stopped before its end")
+    for name, why in report.unwritten.items():
+        lines.append(f"{name}: could not be written: {why}")
     return lines
 
 

@@ -67,13 +67,14 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
 }
 
 
-def check_name(where: str, name: str) -> None:
-    """Refuses what is no name of a mechanism, and says which one may be meant."""
+def check_name(where: str, name: str, otherwise: str = ", or a module") -> None:
+    """Refuses what is no name of a mechanism, and says which one may be meant. `otherwise`
+    is what else may be given."""
     if name in MECHANISMS:
         return
     names = ", ".join(map(repr, MECHANISMS))
     given = str.__repr__(name)  # also of a member of an enumeration
-    message = f"{where}: expected one of {names}, or a module; got {given}"
+    message = f"{where}: expected one of {names}{otherwise}; got {given}"
     for ours, theirs in ELSEWHERE.items():
         if name.lower() in theirs and ours in MECHANISMS:
             raise ValueError(f"{message}, which is called {ours!r} here.")
