@@ -100,7 +100,7 @@ def find_nan(narrow: Any, transforms: tuple, scales: Any) -> None:
         start = arith.muli(group, number(blocks * lines * width))
         start = arith.addi(start, arith.muli(line, number(width)))
         start = arith.addi(address(narrow), start)
-        found = number(0)
+        found: Any = number(0)
         for n in range(blocks * width // 32):
             block, within = divmod(n * 32, width)
             # Another order for each row: then few threads read the same bank.
