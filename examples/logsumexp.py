@@ -93,17 +93,16 @@ def train(model: Array, rng: PRNGKeyArray, z: Array, steps: int, sizes: tuple):
 
 
 def main(argv: list[str] | None = None) -> None:
-    sizes = dict(batch=16, memory=16, seq=16, size=8)
-    args = flags(argv, __doc__, "mask", steps=200, **sizes, z=1e-3)
-    sizes = tuple(getattr(args, name) for name in sizes)
+    defaults: dict = dict(steps=200, batch=16, memory=16, seq=16, size=8, z=1e-3)
+    args = flags(argv, __doc__, "mask", **defaults)
+    sizes = args.batch, args.memory, args.seq, args.size
     model = jr.normal(jr.key(0), (2, args.size, args.size)) / args.size**0.5
     data = eqx.filter_jit(data_of)(jr.key(1), *sizes)
     ours = ft.partial(merged, masked=not args.without)
     exact = np.asarray(gradient(model, data, args.z, at_once))
     for name, way in ("merged", ours), ("cut", ft.partial(ours, through=False)):
-        error = np.linalg.norm(gradient(model, data, args.z, way) - exact) / np.linalg.norm(
-            exact
-        )
+        error = np.linalg.norm(gradient(model, data, args.z, way) - exact)
+        error = error / np.linalg.norm(exact)
         print(f"{name:8} gradient differs by {error:.1e}")
         assert (error < 1e-5) == (name == "merged"), "not the gradient of attention to both"
 

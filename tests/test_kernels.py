@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from eqx_attention import _call, _device
-from eqx_attention._kernel.pairwise import NotElementwise
+from eqx_attention._kernel.lookup import NotElementwise
 from eqx_attention._kernel.tables import table, table_in_order
 from eqx_attention._kernel.terms import logit_fn, Term, visible_fn
 from eqx_attention._mechanism import attention, cudnn, flash
