@@ -18,7 +18,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .._axes import ceil_div
 from .._mechanism.base import Request
-from .._score import ALiBi, SoftCap
 from .eight_bits import (
     await_scales,
     fetch_scales,
@@ -44,9 +43,9 @@ from .few_rows import (
 )
 from .hopper import full, launch, LOG2E, smem, sync, THREADS
 from .pages import place_of_keys
-from .schedule import in_turn, place_of, section
+from .schedule import in_turn, place_of_split, section, tiles_of_split
 from .tables import never_masked, table
-from .terms import folded_scale, keep_fn, logit_fn, Place, terms_of, visible_fn
+from .terms import folded_scale, keep_fn, logit_fn, may_hide, Place, terms_of, visible_fn
 
 
 # Of the 16 named barriers of a block, Mosaic GPU uses the first ones.
@@ -112,19 +111,14 @@ def forward_8bit(
             "keep": keep_fn if request.pairs.dropout is not None else None,
         },
     )
-    hides = any(not isinstance(s, ALiBi | SoftCap) for s in request.pairs.score)
+    hides = may_hide(request)
     factor = LOG2E * (1.0 if scale is None else scale)
-    order = place_of(batch, heads, rows, section(request))
+    place = place_of_split(batch, heads, rows, section(request), splits)
     q_type = smem((OUT_ROWS, head_dim), dtype)
     k_type, v_type = (
         smem((warpgroups * stages, TOKENS, x.values.shape[-1]), x.values.dtype)
         for x in (k, v)
     )
-
-    def place(n):
-        """`(batch, head, row of tiles, split)` of the n-th piece of all."""
-        b, h, i = order(lax.div(n, splits))
-        return b, h, rows - 1 - i, lax.rem(n, splits)
 
     def cost(n):
         known = not isinstance(tiles.some, Tracer)
@@ -147,12 +141,8 @@ def forward_8bit(
             there are, FULL ones and all."""
             b, h, i, split = place(schedule.piece(turn_refs, n))
             row = tiles.at(b, h, i)
-            whole, some = full_ref[row], some_ref[row]
-            if splits == 1:
-                return (b, h, i, split), row, 0, whole, some
-            first, last = (lax.div(n * some, splits) for n in (split, split + 1))
-            whole = jnp.clip(whole, first, last) - first
-            return (b, h, i, split), row, first, whole, last - first
+            reach = tiles_of_split(full_ref[row], some_ref[row], split, splits)
+            return (b, h, i, split), row, *reach
 
         def own(wg, number):
             """How many of so many tiles are a warpgroup's: it has each third one, say."""
@@ -333,7 +323,7 @@ def forward_8bit(
     )(
         q,
         *(k.values, v.values, k.scale, v.scale),
-        *(*tiles[:3], *turns, *pages, *terms.arrays),
+        *(*tiles, *turns, *pages, *terms.arrays),
     )
     return out, lse.swapaxes(1, 2)
 

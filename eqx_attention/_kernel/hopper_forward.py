@@ -34,7 +34,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .._axes import ceil_div
 from .._mechanism.base import Request
-from .._score import ALiBi, SoftCap
 from .forward import Blocks as Blocks, operands
 from .hidden_values import replace_nan
 from .hopper import (
@@ -51,9 +50,9 @@ from .hopper import (
     whole_rows,
 )
 from .pages import place_of_keys, stored
-from .schedule import in_turn, place_of, Schedule, section
+from .schedule import in_turn, place_of_split, Schedule, section, tiles_of_split
 from .tables import never_masked, table
-from .terms import folded_scale, keep_fn, logit_fn, Place, terms_of, visible_fn
+from .terms import folded_scale, keep_fn, logit_fn, may_hide, Place, terms_of, visible_fn
 
 
 # Of the 16 named barriers of a block, Mosaic GPU uses the first ones.
@@ -92,18 +91,12 @@ def forward(
             "keep": keep_fn if request.pairs.dropout is not None else None,
         },
     )
-    hides = any(not isinstance(s, ALiBi | SoftCap) for s in request.pairs.score)
+    hides = may_hide(request)
     overlap = blocks.overlap and not hides
     factor = LOG2E * (1.0 if scale is None else scale)
     shape = (blocks.query, blocks.key)
-    order = place_of(batch, heads, rows, section(request) * groups)
+    place = place_of_split(batch, heads, rows, section(request) * groups, splits)
     held, stays = operands(request, blocks, head_dim, value_dim)
-
-    def place(n):
-        """`(batch, head, row of tiles, split)` of the n-th piece of all."""
-        b, h, i = order(lax.div(n, splits))
-        # The last rows come first: under a causal mask, they are the longest.
-        return b, h, rows - 1 - i, lax.rem(n, splits)
 
     def row_of(b, h, i):
         return tiles.at(b, lax.div(h, groups) if groups > 1 else h, i)
@@ -132,12 +125,7 @@ def forward(
             return place(schedule.piece(turn_refs, n))
 
         def reach(row, split):
-            """The first tile of a piece; how many there are, FULL ones and all."""
-            whole, some = full_ref[row], some_ref[row]
-            if splits == 1:
-                return 0, whole, some
-            first, last = (lax.div(n * some, splits) for n in (split, split + 1))
-            return first, jnp.clip(whole, first, last) - first, last - first
+            return tiles_of_split(full_ref[row], some_ref[row], split, splits)
 
         def give_turn():
             arrive(_TURN + lax.rem(wg + 1, warpgroups), 2 * THREADS)
@@ -384,5 +372,5 @@ def forward(
             free,
             free,
         ),
-    )(q, k, v, *tiles[:3], *turns, *pages, *terms.arrays)
+    )(q, k, v, *tiles, *turns, *pages, *terms.arrays)
     return out[:, :q_len], lse[..., :q_len].swapaxes(1, 2)

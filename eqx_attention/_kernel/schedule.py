@@ -40,6 +40,29 @@ def place_of(
     return place
 
 
+def place_of_split(
+    batch: int, heads: int, rows: int, section: int, splits: int
+) -> Callable[[jax.Array], tuple]:
+    """As `place_of`, of rows whose tiles are in several splits: (batch, head, row of tiles,
+    split). The last rows come first: under a causal mask, they are the longest."""
+    order = place_of(batch, heads, rows, section)
+
+    def place(n):
+        batch, head, row = order(lax.div(n, splits))
+        return batch, head, rows - 1 - row, lax.rem(n, splits)
+
+    return place
+
+
+def tiles_of_split(whole: Any, some: Any, split: Any, splits: int) -> tuple[Any, Any, Any]:
+    """The first tile of a split of a row; how many there are, FULL ones and all; where the
+    row has so many of either."""
+    if splits == 1:
+        return 0, whole, some
+    first, last = (lax.div(n * some, splits) for n in (split, split + 1))
+    return first, jnp.clip(whole, first, last) - first, last - first
+
+
 class Schedule(NamedTuple):
     """Which pieces of work each block of threads does, one after another.
 

@@ -10,6 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from .._mechanism.base import Pairs, Request
+from .._score import ALiBi, SoftCap
 from .._static import Static, unwrap
 from .._tokens import Tile
 from .hopper import LAYOUTS
@@ -228,6 +229,11 @@ def _load(x: Input, ref: Any, place: Place) -> Any:
         at = (*at, place.queries() if x.query else place.keys())
     part = ref.at[at]
     return plgpu.load(part, layout=place.layouts[axis], optimized=False)
+
+
+def may_hide(request: Request) -> bool:
+    """Whether a score may give -inf, so that a row may see nothing of a FULL tile."""
+    return any(not isinstance(s, ALiBi | SoftCap) for s in request.pairs.score)
 
 
 def visible_fn(request: Request, block_k: int):
