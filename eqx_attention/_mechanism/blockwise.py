@@ -246,6 +246,21 @@ class Blockwise(AbstractMechanism):
         return _fit(request, sizes.query, joined.size)._replace(key=sizes.key), joined
 
 
+def of_arrays(
+    request: Request,
+    out: Array,
+    lse: Array,
+    dout: Array,
+    dlse: Array | None,
+    wrt: tuple[int, ...],
+) -> tuple[Array, ...]:
+    """The gradients of the arrays of masks and scores, for mechanisms whose kernels compute
+    none."""
+    if not wrt:
+        return ()
+    return Blockwise().backward(request, out, lse, dout, dlse, wrt)[3]
+
+
 def _tokens(request: Request) -> int:
     """How many tokens a block has at most: fewer where each query sees few keys."""
     least, most = span(request.pairs.mask)

@@ -14,7 +14,7 @@ from .base import (
     Request,
     stored_unsupported,
 )
-from .blockwise import Blockwise
+from .blockwise import Blockwise, of_arrays
 from .gather import keys_are_split
 from .hidden import seen_queries, seen_rows
 from .varying import untyped
@@ -104,10 +104,7 @@ class Flash(AbstractMechanism):
             x[..., : y.shape[-1]].astype(request.result_dtype)
             for x, y in zip(grads, inputs, strict=True)
         )
-        if not wrt:
-            return dq, dk, dv, ()
-        portable = Blockwise().backward(request, out, lse, dout, dlse, wrt)
-        return dq, dk, dv, portable[3]
+        return dq, dk, dv, of_arrays(request, out, lse, dout, dlse, wrt)
 
     def blocks(self, request: Request) -> Blocks:
         return Blockwise().blocks(request)

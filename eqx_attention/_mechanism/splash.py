@@ -13,7 +13,7 @@ from .base import (
     Request,
     stored_unsupported,
 )
-from .blockwise import Blockwise
+from .blockwise import Blockwise, of_arrays
 from .gather import keys_are_split
 from .hidden import seen_rows, without_nan
 from .splash_mask import mask_unsupported
@@ -154,10 +154,7 @@ class Splash(AbstractMechanism):
         sizes = self._sizes(request, _BACKWARD_TOKENS)
         grads = untyped(backward, without_nan(request, lse), low, delta, dout_, sizes)
         dq, dk, dv = (x.astype(request.result_dtype) for x in grads)
-        if not wrt:
-            return dq, dk, dv, ()
-        portable = Blockwise().backward(request, out, lse, dout, dlse, wrt)
-        return dq, dk, dv, portable[3]
+        return dq, dk, dv, of_arrays(request, out, lse, dout, dlse, wrt)
 
     def blocks(self, request: Request) -> Blocks:
         return Blockwise().blocks(request)
