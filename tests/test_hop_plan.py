@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from eqx_attention._distributed.layout import chunks_of
-from eqx_attention._distributed.plan import halves, parts, plan, Side
+from eqx_attention._distributed.plan import halves, level, parts, plan, Side, Step
 from eqx_attention._tokens import Tile
 
 
@@ -73,8 +73,8 @@ def test_steps_compute_each_visible_pair_once(name, layout):
         q, kv = sides(layout, n, *lengths, shift)
         own = [np.asarray(q.indices(r, (0, q.length))) for r in range(n)]
         others = [np.asarray(kv.indices(r, (0, kv.length))) for r in range(n)]
-        for shifts in (True, False):
-            found = plan(mask, (), q, kv, shifts=shifts)
+        plans = [plan(mask, (), q, kv, shifts=shifts) for shifts in (True, False)]
+        for found in (*plans, level(plans[0], mask)):
             hops = {hop.shift: hop for hop in found.hops}
             for r in range(n):
                 for s in range(n):
@@ -164,3 +164,12 @@ def test_layouts_are_permutations():
         eqa.from_layout(x, 0)
     with pytest.raises(ValueError, match=r"to_layout\(axis\): .* got 2"):
         eqa.to_layout(x, 3, axis=2)
+
+
+def test_all_devices_do_the_same():
+    q, kv = sides("zigzag", 4, 64, 64)
+    found = plan(eqa.Causal(), (), q, kv)
+    assert [len(hop.steps) for hop in found.hops] == [1, 2, 2, 2]
+    assert [hop.steps for hop in level(found, eqa.Causal()).hops[1:]] == 3 * [
+        (Step((0, 16), (0, 16), (0,), None),)
+    ]

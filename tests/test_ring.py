@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from eqx_attention._distributed import ring
 from eqx_attention._distributed.cargo import Cargo
 from eqx_attention.testing import Case
 from jax.sharding import PartitionSpec as P
@@ -208,6 +209,13 @@ def test_hops_are_what_the_mechanism_within_computes():
     window = eqa.Causal() & eqa.SlidingWindow(5)
     with pytest.raises(eqa.UnsupportedError, match="shifted"):
         ring_of(4, inner=Picky())(*qkv, mask=window)
+
+
+@pytest.mark.parametrize("layout", ("auto", "contiguous"))
+def test_on_a_gpu_nothing_is_chosen_while_it_runs(layout, monkeypatch):
+    monkeypatch.setattr(ring, "_LEVEL", ("cpu",))
+    attend = ring_of(4, layout=layout, inner="vanilla")
+    check(attend, square(32, heads=2, dim=4), {}, dict(mask=eqa.Causal()))
 
 
 def test_layouts_and_numbers_of_devices_agree():

@@ -163,6 +163,22 @@ def plan(
     return Plan(tuple(hops), n, kv.length)
 
 
+def level(found: Plan, mask: AbstractMask) -> Plan:
+    """The same plan, but all devices do the same at each hop: what any of them does, by the
+    indices of the tokens. What is hidden is then for the mechanism to skip; but nothing is
+    chosen while it runs, which on a GPU would wait for all before it."""
+
+    def one(hop: Hop) -> Hop:
+        if len(hop.steps) == 1:
+            return hop
+        starts, ends = zip(*(s.query for s in hop.steps if s is not None), strict=True)
+        kept = tuple(range(len(parts(mask))))
+        step = Step((min(starts), max(ends)), hop.keys, kept, None)
+        return hop._replace(steps=(step,), which=(0,) * found.n)
+
+    return found._replace(hops=tuple(map(one, found.hops)))
+
+
 def halves(step: Step | None, mask: AbstractMask) -> tuple[Step | None, Step | None]:
     """A step of some queries as two, of fewer each."""
     if step is None:

@@ -16,8 +16,12 @@ from .hop import Rows
 from .inner import as_inner, check_inner, not_split
 from .layout import chunks_of, LAYOUTS
 from .passes import Passes
-from .plan import Side
+from .plan import level, Side
 from .zigzag import Exchange, to_zigzag
+
+
+# Where what is computed is not to be chosen while it runs: see `level`.
+_LEVEL = ("gpu",)
 
 
 class Ring(AbstractMechanism):
@@ -147,7 +151,7 @@ class Ring(AbstractMechanism):
         return found[0]
 
     def _explained(self, request: Request) -> str:
-        chosen = choose(request, self.layout)
+        chosen = self._chosen(request)
         inner, n = as_inner(self.inner), chosen.devices.count
         local = chosen.local(request, 0)
         texts: dict[str, list[str]] = {}
@@ -198,17 +202,33 @@ class Ring(AbstractMechanism):
                 return
             if _has_block_mask(request):
                 yield "a BlockMask is bound to tokens that are not in the zigzag layout"
-        chosen, inner = choose(request, self.layout), as_inner(self.inner)
+        yield from self._refused(request, self._chosen(request))
+
+    def _refused(self, request: Request, chosen: Chosen):
         # Any device and any keys will do: what is looked at are types and shapes.
-        local = chosen.local(request, 0)
+        inner, local = as_inner(self.inner), chosen.local(request, 0)
         for hop in chosen.plan.hops:
             keys = local.keys(*hop.keys)
             for step in hop.steps:
                 if step is not None:
                     yield from inner.unsupported(local.hop(step, keys)[0])
 
-    def _ready(self, request: Request) -> tuple[Exchange, Passes]:
+    def _chosen(self, request: Request) -> Chosen:
         chosen = choose(request, self.layout)
+        if request.platform not in _LEVEL:
+            return chosen
+        same = chosen._replace(plan=level(chosen.plan, request.pairs.mask))
+        reasons: list[str] = []
+
+        def look(request: Request):
+            reasons.extend(self._refused(request, same))
+            return ()
+
+        eqx.filter_eval_shape(look, request)
+        return chosen if reasons else same
+
+    def _ready(self, request: Request) -> tuple[Exchange, Passes]:
+        chosen = self._chosen(request)
         devices = chosen.devices
         if self.layout == "zigzag" and request.split.chunks != chosen.q.chunks:
             raise UnsupportedError(

@@ -28,7 +28,6 @@ import functools as ft
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.core import Tracer
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -50,17 +49,14 @@ from .hopper import (
     whole_rows,
 )
 from .pages import place_of_keys, stored
-from .schedule import in_turn, place_of_split, Schedule, section, tiles_of_split
+from .schedule import place_of_split, section, tiles_of_split
 from .tables import never_masked, table
 from .terms import folded_scale, keep_fn, logit_fn, may_hide, Place, terms_of, visible_fn
+from .turns import Turns
 
 
 # Of the 16 named barriers of a block, Mosaic GPU uses the first ones.
-_TURN, _DONE = 5, 8
-
-
-# What it takes to start a row, in tiles.
-_START = 2
+_TURN, _DONE, _TAKEN = 5, 8, 13
 
 
 def forward(
@@ -95,34 +91,26 @@ def forward(
     overlap = blocks.overlap and not hides
     factor = LOG2E * (1.0 if scale is None else scale)
     shape = (blocks.query, blocks.key)
-    place = place_of_split(batch, heads, rows, section(request) * groups, splits)
+    place_of = place_of_split(batch, heads, rows, section(request) * groups, splits)
     held, stays = operands(request, blocks, head_dim, value_dim)
 
     def row_of(b, h, i):
         return tiles.at(b, lax.div(h, groups) if groups > 1 else h, i)
 
-    def cost(n):
-        known = not isinstance(tiles.some, Tracer)
-        return tiles.some[row_of(*place(n)[:3])] + _START if known else jnp.ones_like(n)
-
-    schedule = Schedule(batch * heads * rows * splits)
-    # If it is not known how long rows are, pieces of them are at least shorter.
-    if stays and (splits > 1 or not isinstance(tiles.some, Tracer)):
-        schedule = in_turn(schedule.programs, cost)
-    turns = schedule.arrays
-    pages = [*k_pages, *v_pages]
+    pieces = batch * heads * rows * splits
+    turns = Turns.of(pieces, alike=splits > 1) if stays else Turns(pieces, pieces)
+    counter, pages = turns.arrays, [*k_pages, *v_pages]
 
     def kernel(q_ref, k_ref, v_ref, columns_ref, full_ref, some_ref, *refs):
-        turn_refs, refs = refs[: len(turns)], refs[len(turns) :]
+        turn_refs, refs = refs[: len(counter)], refs[len(counter) :]
         page_refs, refs = refs[: len(pages)], refs[len(pages) :]
         *inputs, out_ref, lse_ref = refs[: terms.count + 2]
-        first, v_smem, lse_smem, bad_smem, *barriers = refs[terms.count + 2 :]
+        first, v_smem, lse_smem, small_smem, *barriers = refs[terms.count + 2 :]
         (q_smem, k_smem), (out_smem,) = first
-        q_ready, k_ready, v_ready, k_free, v_free = barriers
-        wg, count = lax.axis_index("warpgroup"), schedule.count(turn_refs)
-
-        def work(n):
-            return place(schedule.piece(turn_refs, n))
+        q_ready, k_ready, v_ready, k_free, v_free, *of_turns = barriers
+        turn_refs, wg = [*turn_refs, *of_turns], lax.axis_index("warpgroup")
+        zero, bad_smem = jnp.int32(0), small_smem.at[pl.ds(0, blocks.key)]
+        numbers = small_smem.at[pl.ds(blocks.key, 2)]
 
         def reach(row, split):
             return tiles_of_split(full_ref[row], some_ref[row], split, splits)
@@ -136,14 +124,15 @@ def forward(
         def mine(i):
             return pl.ds(i * blocks.rows + wg * blocks.query, blocks.query)
 
-        def fetch_queries(n):
-            b, h, i, _ = work(n)
+        def fetch_queries(piece):
+            b, h, i, _ = place_of(piece)
             source = q_ref.at[b, mine(i), h]
             plgpu.copy_gmem_to_smem(source, q_smem.at[wg], q_ready.at[wg])
 
-        def compute(n, done):
+        def compute(state):
             """The row of tiles of one round; `done` is how many tiles were before it."""
-            b, h, i, split = work(n)
+            n, piece, done = state
+            b, h, i, split = place_of(piece)
             row = row_of(b, h, i)
             before, whole, some = reach(row, split)
             q_base = i * blocks.rows + wg * blocks.query
@@ -288,9 +277,10 @@ def forward(
                 carry = lax.fori_loop(0, whole, ft.partial(one_by_one, False), empty)
             if may_mask:
                 carry = lax.fori_loop(whole, some, ft.partial(one_by_one, True), carry)
-            more = n + 1 < count
+            following = turns.told(turn_refs, numbers, n + 1, piece)
+            more = turns.left(following)
             pl.when((wg < warpgroups - 1) | more)(give_turn)
-            pl.when(more)(ft.partial(fetch_queries, n + 1))
+            pl.when(more)(ft.partial(fetch_queries, following))
             out, top, total = carry
             lse = jnp.where(total == 0, -jnp.inf, (top + jnp.log2(total)) * (1 / LOG2E))
             kept = 1 - request.pairs.dropout.rate if request.pairs.dropout else 1.0
@@ -308,19 +298,25 @@ def forward(
             plgpu.copy_smem_to_gmem(out_smem.at[wg], out_ref.at[to, mine(i), h])
             plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[to, h, mine(i)])
 
-            return done + some
+            return n + 1, following, done + some
+
+        def left(state):
+            return turns.left(state[1])
 
         @pl.when(wg < warpgroups)
         def _compute():
             plgpu.set_max_registers(160 if warpgroups == 3 else 240, action="increase")
-            fetch_queries(jnp.int32(0))
+            piece = turns.told(turn_refs, numbers, zero, turns.before_first())
+            pl.when(turns.left(piece))(ft.partial(fetch_queries, piece))
             # The first turn is that of the first warpgroup.
-            pl.when(wg == warpgroups - 1)(give_turn)
-            lax.fori_loop(0, count, compute, 0)
+            pl.when((wg == warpgroups - 1) & turns.left(piece))(give_turn)
+            lax.while_loop(left, compute, (zero, piece, zero))
             plgpu.wait_smem_to_gmem(0)
 
-        def copy(n, done):
-            b, h, i, split = work(n)
+        def copy(state):
+            n, piece, done = state
+            following = turns.take(turn_refs, numbers, n + 1, piece, _TAKEN)
+            b, h, i, split = place_of(piece)
             row = row_of(b, h, i)
             before, _, some = reach(row, split)
             kv_head = lax.div(h, groups) if groups > 1 else h
@@ -343,19 +339,20 @@ def forward(
                 one(v_ref, v_table, v_smem, v_ready, v_free)
 
             lax.fori_loop(0, some, load, None)
-            return done + some
+            return n + 1, following, done + some
 
         @pl.when(wg == warpgroups)
         def _copy():
             plgpu.set_max_registers(32 if warpgroups == 3 else 24, action="decrease")
-            lax.fori_loop(0, count, copy, 0)
+            piece = turns.take(turn_refs, numbers, zero, turns.before_first(), _TAKEN)
+            lax.while_loop(left, copy, (zero, piece, zero))
 
     free = plgpu.Barrier(num_barriers=stages, num_arrivals=warpgroups)
     ready = plgpu.Barrier(num_barriers=stages)
     out, lse = launch(
         kernel,
         "forward",
-        schedule.programs,
+        turns.programs,
         warpgroups,
         out_type=(
             jax.ShapeDtypeStruct((splits * batch, *q.shape[1:3], value_dim), result),
@@ -365,12 +362,13 @@ def forward(
             held,
             smem((stages, blocks.key, value_dim), dtype),
             plgpu.SMEM((warpgroups, blocks.query), jnp.float32),
-            plgpu.SMEM((blocks.key,), jnp.float32),
+            plgpu.SMEM((blocks.key + 2,), jnp.float32),
             plgpu.Barrier(num_barriers=warpgroups),
             ready,
             ready,
             free,
             free,
+            *turns.scratch(warpgroups),
         ),
-    )(q, k, v, *tiles, *turns, *pages, *terms.arrays)
+    )(q, k, v, *tiles, *counter, *pages, *terms.arrays)
     return out[:, :q_len], lse[..., :q_len].swapaxes(1, 2)

@@ -1,0 +1,130 @@
+"""Which pieces of work each block of threads of a kernel does, one after another."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import FragmentedArray, utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
+
+from .._device import num_multiprocessors
+from .hopper import sync, THREADS
+
+
+class Turns(NamedTuple):
+    """So many `pieces` for so many `programs` (blocks of threads).
+
+    Either each of these takes the next piece when it is free to, from a number in global
+    memory: what takes longer than was thought, or begins later, as another kernel has the
+    multiprocessor, then does less. Or each does every so manieth piece.
+
+    The warpgroup that copies takes pieces, and tells those that compute.
+    """
+
+    pieces: int
+    programs: int
+    taken: bool = False
+
+    @staticmethod
+    def of(pieces: int, alike: bool) -> "Turns":
+        """One block of threads a multiprocessor. `alike`: whether pieces are all of one
+        size, so that nothing is to be balanced."""
+        programs = num_multiprocessors()
+        if pieces <= programs:
+            return Turns(pieces, pieces)
+        return Turns(pieces, programs, not alike)
+
+    @property
+    def arrays(self) -> list[Any]:
+        """What a kernel is given: how many pieces were taken."""
+        return [jax.new_ref(jnp.zeros(1, jnp.int32))] if self.taken else []
+
+    def scratch(self, warpgroups: int) -> list[Any]:
+        """Of a kernel in which so many warpgroups compute: when the numbers of two pieces
+        are there, and when they have been read."""
+        if not self.taken:
+            return []
+        return [
+            plgpu.Barrier(num_barriers=2),
+            plgpu.Barrier(num_barriers=2, num_arrivals=warpgroups),
+        ]
+
+    def take(
+        self, refs: Sequence[Any], numbers: Any, n: Any, before: Any, name: int
+    ) -> jax.Array:
+        """In the warpgroup that copies: its n-th piece, of `pieces` or more if there is
+        none. `before` is the one before it, `numbers` are two of 32 bits in shared memory,
+        and `name` is that of a barrier of its own."""
+        if not self.taken:
+            return before + self.programs
+        counter, ready, free = refs
+        slot = lax.rem(n, 2)
+
+        @pl.when(n >= 2)
+        def _():
+            plgpu.barrier_wait(free.at[slot])
+
+        _take(counter, numbers, slot)
+        sync(name, THREADS)
+        plgpu.barrier_arrive(ready.at[slot])
+        return _read(numbers, slot)
+
+    def told(self, refs: Sequence[Any], numbers: Any, n: Any, before: Any) -> jax.Array:
+        """In one that computes: its n-th piece."""
+        if not self.taken:
+            return before + self.programs
+        _, ready, free = refs
+        slot = lax.rem(n, 2)
+        plgpu.barrier_wait(ready.at[slot])
+        piece = _read(numbers, slot)
+        plgpu.barrier_arrive(free.at[slot])
+        return piece
+
+    def before_first(self) -> jax.Array:
+        return lax.axis_index("block") - self.programs
+
+    def left(self, piece: jax.Array) -> jax.Array:
+        return piece < self.pieces
+
+
+_SPLAT = plgpu.Layout.WG_SPLAT(())
+
+
+def _take(counter: Any, numbers: Any, slot: Any) -> None:
+    """Adds one to a number in global memory, and writes what it was to shared memory."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), _SPLAT))
+    def take(_, counter, numbers, slot):
+        one = utils.single_thread_predicate(utils.ThreadSubset.WARPGROUP)
+        code = """{
+            .reg .b32 n, to;
+            @$3 atom.relaxed.gpu.global.add.u32 n, [$0], 1;
+            mad.lo.u32 to, $2, 4, $1;
+            @$3 st.shared.u32 [to], n;
+        }"""
+        pointers = [utils.memref_ptr(x) for x in (counter, numbers)]
+        operands = [*pointers, slot.registers[()], one]
+        void = ir.Type.parse("!llvm.void")
+        llvm.inline_asm(void, operands, code, "l,r,r,b", has_side_effects=True)
+
+    take(counter, numbers, slot)
+
+
+def _read(numbers: Any, slot: Any) -> jax.Array:
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), _SPLAT),
+        return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=_SPLAT),
+    )
+    def read(_, numbers, slot):
+        code = "{ .reg .b32 at; mad.lo.u32 at, $2, 4, $1; ld.shared.u32 $0, [at]; }"
+        i32 = ir.IntegerType.get_signless(32)
+        operands = [utils.memref_ptr(numbers), slot.registers[()]]
+        found: Any = llvm.inline_asm(i32, operands, code, "=r,r,r", has_side_effects=True)
+        return FragmentedArray.splat(found, (), is_signed=True)
+
+    return read(numbers, slot)
