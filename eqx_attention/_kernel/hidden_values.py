@@ -1,6 +1,5 @@
 """Values that are hidden may hold NaN, of which a weight of 0 makes NaN."""
 
-import functools as ft
 from typing import Any
 
 import jax
@@ -9,7 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .hopper import along, any_nan, COLUMN, fence, sync, THREADS
+from .hopper import all_finite, along, COLUMN, fence, sync, THREADS
 
 
 # Of the 16 named barriers of a block, of which the forward kernel has those before.
@@ -51,6 +50,4 @@ def replace_nan(
         seen = weights.astype(jnp.float32) > 0
         return total + jnp.where(seen, each, 0.0).sum(axis=1)
 
-    parts = [pl.ds(n, PART) for n in range(0, keys, PART)]
-    some = any_nan(ft.reduce(jnp.add, map(bad, parts)), _LOOK + wg)
-    return lax.cond(some, replace, lambda: total)
+    return lax.cond(all_finite(values, _LOOK + wg), lambda: total, replace)

@@ -16,15 +16,20 @@ ROW, COLUMN = TILE.reduce(1), TILE.reduce(0)
 LAYOUTS = (ROW, COLUMN, TILE)
 LOG2E = 1.4426950408889634
 THREADS = 128  # of a warpgroup
+_VECTOR = 16  # bytes that a thread reads at once
 
 
 def smem(shape: tuple[int, ...], dtype: Any, swizzle: int | None = None) -> Any:
     """Shared memory that the matrix units read: in tiles of 8 rows, swizzled. `swizzle` is
     the bytes of a row of a tile."""
+    return plgpu.SMEM(shape, dtype, transforms=_tiled(shape, dtype, swizzle))
+
+
+def _tiled(shape: tuple[int, ...], dtype: Any, swizzle: int | None) -> tuple[Any, Any]:
     bits = jnp.dtype(dtype).itemsize * 8
     swizzle = swizzle or (128 if shape[-1] * bits % 1024 == 0 else 64)
     tiling = plgpu.TilingTransform((8, swizzle * 8 // bits))
-    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
+    return tiling, plgpu.SwizzleTransform(swizzle)
 
 
 def _named_barrier(operation: str, name: Any, threads: int) -> None:
@@ -122,35 +127,39 @@ def count(counter: Any) -> None:
     signal(counter)
 
 
-def any_nan(x: jax.Array, name: Any) -> jax.Array:
-    """Whether one of a warpgroup's numbers (one a row) is NaN. `name` is of a barrier."""
-    i32 = jnp.int32
+def all_finite(x: Any, name: Any) -> jax.Array:
+    """Whether all numbers are finite of an array in shared memory that the matrix units
+    read, in 16 bits. `name` is of a barrier of the warpgroup that asks."""
+    i32, bits = jnp.int32, 16
+    vectors = x.shape[0] * x.shape[1] * bits // (8 * _VECTOR * THREADS)
+    kind = "bf16x2" if x.dtype == jnp.bfloat16 else "f16x2"
+    # 0 times what is not finite is NaN, also when added up.
+    one = "ld.shared.v4.b32 {{w, x, y, z}}, [at+{}]; " + "".join(
+        f"fma.rn.{kind} {total}, {number}, o, {total}; "
+        for number, total in zip("wxyz", "abab", strict=True)
+    )
 
     @plgpu.inline_mgpu(
-        arg_types=(ROW, _SCALAR),
+        arg_types=(plgpu.RefType(_tiled(x.shape, x.dtype, None)), _SCALAR),
         return_type=plgpu.ShapeDtypeStruct((), i32, layout=_SCALAR),
     )
-    def reduce(_, x, name):
-        numbers = list(x.registers.flat)
-        flags = "f," * len(numbers)
-        tests = "".join(
-            f"setp.nan.f32 one, ${n + 1}, ${n + 1}; or.pred some, some, one; "
-            for n in range(len(numbers))
-        )
+    def look(_, ref, name):
         code = (
-            "{ .reg .pred one, some; setp.ne.s32 some, 0, 0; "
-            + tests
-            + f"bar.red.or.pred some, ${len(numbers) + 1}, {THREADS}, some; "
-            "selp.s32 $0, 1, 0, some; }"
+            "{ .reg .pred bad; .reg .b32 at, a, b, o, w, x, y, z; "
+            f"mov.u32 at, %tid.x; and.b32 at, at, {THREADS - 1}; "
+            f"mad.lo.u32 at, at, {_VECTOR}, $1; mov.b32 a, 0; mov.b32 b, 0; mov.b32 o, 0; "
+            + "".join(one.format(n * _VECTOR * THREADS) for n in range(vectors))
+            + "or.b32 a, a, b; setp.ne.b32 bad, a, 0; "
+            f"bar.red.or.pred bad, $2, {THREADS}, bad; selp.s32 $0, 0, 1, bad; }}"
         )
+        operands = [utils.memref_ptr(ref), name.registers[()]]
         mlir_i32 = ir.IntegerType.get_signless(32)
-        operands = [*numbers, name.registers[()]]
         found: Any = llvm.inline_asm(
-            mlir_i32, operands, code, f"=r,{flags}r", has_side_effects=True
+            mlir_i32, operands, code, "=r,r,r", has_side_effects=True
         )
         return FragmentedArray.splat(found, (), is_signed=True)
 
-    return reduce(x, jnp.asarray(name, i32)) != 0
+    return look(x, jnp.asarray(name, i32)) != 0
 
 
 def full(shape: tuple[int, ...], value: float, layout: Any) -> jax.Array:
