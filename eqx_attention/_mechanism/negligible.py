@@ -138,7 +138,9 @@ def _seen_logits(request: Request) -> Float[Array, "batch q_len q_heads"]:
     return logits.reshape(batch, q_len, heads)
 
 
-def _own_keys(q: Tokens, kv: Tokens, kv_len: int) -> Int[Array | np.ndarray, "#batch q_len"]:
+def _own_keys(
+    q: Tokens, kv: Tokens, kv_len: int
+) -> Int[Array | np.ndarray, "#batch q_len"]:
     """The index of a key for each query that it is likely to see, and to be near to: that
     at its own position where keys are counted, and else that of its own number."""
     if q.counted or not kv.counted:
