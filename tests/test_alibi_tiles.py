@@ -65,12 +65,12 @@ def test_equals_the_reference(data):
     rng = np.random.default_rng(data.draw(st.integers(0, 9999)))
     shape, counted = data.draw(st.sampled_from(SHAPES)), data.draw(st.booleans())
     q, k, v = operands(shape, seed=int(rng.integers(9999)))
-    q = q * data.draw(st.sampled_from((0.1, 1.0, 3.0)))
+    q = q * data.draw(st.sampled_from((0.1, 10.0)))
     slopes = rng.choice([-0.1, 0.0, 0.2, 3.0, 20.0], 4).astype(np.float32)
     scale = rng.choice([-1.0, 0.3, 1.0], 4).astype(np.float32)
-    # Tiles that are EMPTY, FULL and PARTIAL; hardly any pair is seen, or hardly any not.
+    # Of a tile, hardly any pair is seen, or hardly any is not; or it is EMPTY.
     q_len, kv_len = shape.q_len, shape.kv_len
-    seen = rng.random((2, 1, q_len, kv_len)) < data.draw(st.sampled_from((0.1, 0.98, 1)))
+    seen = rng.random((2, 1, q_len, kv_len)) < data.draw(st.sampled_from((0.1, 0.98)))
     seen &= rng.random((2, 1, q_len // 8, kv_len // 8 + 1)).repeat(8, 2).repeat(8, 3)[
         ..., :kv_len
     ] < data.draw(st.sampled_from((0.6, 1)))
@@ -102,9 +102,9 @@ STEEP = jnp.array([20.0, 20.0, 2.0, 0.001])
 
 @ft.cache
 def _counted(kv_heads: int, counted: bool):
-    def fn(q, k, v, slopes, seen, q_positions, kv_positions):
+    def fn(q, k, v, slopes, scale, seen, q_positions, kv_positions):
         positions = {} if counted else dict(q_positions=q_positions)
-        options = dict(mask=seen, score=eqa.ALiBi(slopes), **positions)
+        options = dict(mask=seen, score=eqa.ALiBi(slopes), scale=scale, **positions)
         request = make_request(q, k[:, :, :kv_heads], v[:, :, :kv_heads], **options)
         if not counted:
             at = jnp.broadcast_to(kv_positions, (1, 1, 1, len(kv_positions)))
@@ -120,7 +120,7 @@ def _counted(kv_heads: int, counted: bool):
 
 
 def _tiles(
-    q=None, k=None, v=None, slopes=STEEP, seen=None, positions=None, kv_heads=4
+    q=None, k=None, v=None, slopes=STEEP, scale=0.35, seen=None, positions=None, kv_heads=4
 ) -> tuple[np.ndarray, np.ndarray]:
     """Of one batch element, for each key head: which tiles are computed, and are FULL."""
     some = square(N, heads=4, batch=(1,))
@@ -128,7 +128,9 @@ def _tiles(
     q_len, kv_len = q.shape[1], k.shape[1]
     seen = jnp.ones((1, q_len, kv_len), bool) if seen is None else seen
     given = positions or (jnp.arange(q_len), jnp.arange(kv_len))
-    found = _counted(kv_heads, positions is None)(q, k, v, slopes, seen, *given)
+    found = _counted(kv_heads, positions is None)(
+        q, k, v, slopes, jnp.full(4, scale), seen, *given
+    )
     some, every = (np.asarray(x)[0] for x in found)
     assert (every <= some).all()
     return some, every
@@ -170,6 +172,11 @@ def test_which_tiles_are_computed():
     assert some[:, :, 7].all() and not some[0, 0, 2:7].any()
     # Slopes.
     assert _tiles(slopes=-STEEP)[0].all()
+    # Where it is the farthest key of a tile that may matter.
+    k = k.at[:, :8].set(5 * jnp.ones(8)).at[:, 8:16].set(0)
+    assert _tiles(q=k, k=k, slopes=-STEEP)[0][0, 0, 1]
+    assert not _tiles(q=k, k=k, slopes=0 * STEEP)[0][0, 0, 1]
+    assert _tiles(q=-k, k=k, slopes=0 * STEEP, scale=-0.35)[0][0, 0, 0]
     assert _tiles(slopes=0 * STEEP)[0].all()
     assert _tiles(slopes=jnp.full(4, jnp.nan))[0].all()
 
