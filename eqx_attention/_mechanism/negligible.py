@@ -54,7 +54,7 @@ def negligible(
     def of_blocks(x, size, op):
         return jnp.moveaxis(reduce_blocks(x, 1, size, op), 1, 2)
 
-    def longest(x, size, also=True):
+    def longest(x, size, also: Array | bool = True):
         square = jnp.square(x.astype(dtype)).sum(-1)
         square = jnp.where(jnp.isfinite(square) & also, square, jnp.inf)
         return jnp.sqrt(of_blocks(square, size, jnp.max))
@@ -121,8 +121,11 @@ def _seen_logits(request: Request) -> Float[Array, "batch q_len q_heads"]:
         x = jnp.broadcast_to(x, (batch, heads, q_len, 1, *rest))
         return x.swapaxes(1, 2).reshape(batch * q_len, heads, 1, 1, *rest)
 
-    tokens = dict(q=_explicit(pairs.q, 2), kv=_explicit(pairs.kv, 3))
-    pairs = dataclasses.replace(pairs, dropout=None, **tokens)
+    q, kv = (
+        Tokens(position, 1, 0, index)
+        for index, position in (_said(pairs.q, 2), _said(pairs.kv, 3))
+    )
+    pairs = dataclasses.replace(pairs, dropout=None, q=q, kv=kv)
     single = dataclasses.replace(request, pairs=jax.tree.map(of_pairs, pairs))
     whole = Block((0, 0, 0, 0), (batch * q_len, heads, 1, 1))
 
@@ -146,16 +149,15 @@ def _own_keys(
     if q.counted or not kv.counted:
         shift = q.shift - kv.shift if kv.counted else kv_len - q.length
         return np.clip(np.arange(q.length, dtype=np.int32) + shift, 0, kv_len - 1)[None]
-    position = _explicit(q, 2).position
+    _, position = _said(q, 2)
     return jnp.clip(position[:, 0, :, 0] - kv.shift, 0, kv_len - 1)
 
 
-def _explicit(tokens: Tokens, axis: int) -> Tokens:
-    """The same tokens, of queries (`axis` 2) or keys (3), with arrays that say them."""
+def _said(tokens: Tokens, axis: int) -> tuple[Array, Array]:
+    """The index and the position of each query (`axis` 2) or key (3)."""
     shape = [1, 1, 1, 1]
     shape[axis] = tokens.length
     index, position = tokens.index, tokens.position
     if index is None:
         index = jnp.arange(tokens.length, dtype=jnp.int32).reshape(shape)
-    position = index + tokens.shift if position is None else position
-    return Tokens(position, tokens.length, 0, index)
+    return index, index + tokens.shift if position is None else position
