@@ -10,6 +10,7 @@ from jaxtyping import Array, Int
 from .._axes import ceil_div
 from .._mask import Full
 from .._mechanism.base import Blocks, Request
+from .._mechanism.negligible import may_be_negligible
 from .._mechanism.plan import Grid, Kinds, kinds, lists
 from .._static import has_arrays
 
@@ -96,9 +97,13 @@ def _of_kinds(
         # Each row computes a tile, also one that sees nothing: masked, that is harmless.
         none = ~found.some.any(-1)
         some = found.some.at[..., 0].set(found.some[..., 0] | none)
-        return build(found._replace(some=some))
+        every = found.every
+        if never_masked(request, block_k):
+            # Then it was negligible, and kernels look at those that are FULL alone.
+            every = some
+        return build(Kinds(some, every))
 
-    if has_arrays((pairs.mask, pairs.q, pairs.kv)):
+    if has_arrays((pairs.mask, pairs.q, pairs.kv)) or may_be_negligible(request):
         return built()
     with jax.ensure_compile_time_eval():
         return built()

@@ -1,4 +1,4 @@
-"""Which tiles a request has, and which of them its mask lets us skip."""
+"""Which tiles a request has, and which of them its mask and its scores let us skip."""
 
 import math
 from typing import NamedTuple
@@ -13,6 +13,7 @@ from .._mask import Full, span
 from .._static import is_array
 from .._tokens import bounds
 from .base import Blocks, Request
+from .negligible import may_be_negligible, negligible
 
 
 class Grid(NamedTuple):
@@ -86,7 +87,8 @@ def band(request: Request, block_q: int) -> Band | None:
 
 class Kinds(NamedTuple):
     """For each tile (batch, head, query, key): may a pair be visible, surely all of them?
-    The first two axes have size one where the mask does not depend on them."""
+    The first two axes have size one where these do not depend on them. A tile that is
+    negligible is EMPTY: neither."""
 
     some: Bool[Array, "#batch #head query key"]
     every: Bool[Array, "#batch #head query key"]
@@ -121,10 +123,11 @@ def kinds(request: Request, grid: Grid, overlaps: tuple[bool, bool]) -> Kinds:
             n = jnp.arange(counts[2 + axis])
             last = jnp.expand_dims(n == counts[2 + axis] - 1, (0, 1, 3 - axis))
             every = every & ~last
-    return Kinds(
-        _merge(some, grid, jnp.any),
-        _merge(every, grid, jnp.all),
-    )
+    if not may_be_negligible(request):
+        return Kinds(_merge(some, grid, jnp.any), _merge(every, grid, jnp.all))
+    kept = ~negligible(request, sizes, ranges)
+    every = _merge(every, grid, jnp.all) & _merge(kept, grid, jnp.any)
+    return Kinds(_merge(some & kept, grid, jnp.any), every)
 
 
 def _merge(x: Bool[Array, "..."], grid: Grid, op) -> Bool[Array, "..."]:

@@ -1,9 +1,10 @@
 from abc import abstractmethod
+from typing import Any
 
 import equinox as eqx
 from jaxtyping import Array, Float
 
-from .._tokens import Tile
+from .._tokens import Bounds, Tile
 
 
 class AbstractScore(eqx.Module):
@@ -29,4 +30,25 @@ class AbstractScore(eqx.Module):
         **Returns:**
 
         The new logits, of the same shape and dtype.
+        """
+
+
+class AbstractBoundedScore(AbstractScore):
+    """A score that adds to the logit what does not depend on it, and that knows how much
+    it adds to a tile at most: so tiles may be found of which no weight matters."""
+
+    @abstractmethod
+    def most(
+        self, upper: Any, bounds: Bounds
+    ) -> Float[Array, "#head #q_blocks #kv_blocks"]:
+        """An upper bound of what it adds to any logit of a tile, for all tiles at once. The
+        derivative of what it adds by one of its arrays is no larger than the largest
+        distance of positions.
+
+        **Arguments:**
+
+        - `self`, `upper`: the score, each of whose arrays holds the least (the greatest)
+            value in each tile, in the dtype of the logits: axes `(head, query block, key
+            block, *rest)`.
+        - `bounds`: likewise, the least and greatest indices and positions.
         """

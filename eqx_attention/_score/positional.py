@@ -1,6 +1,7 @@
 """Scores that go by the positions of tokens."""
 
 import math
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -9,16 +10,21 @@ from jaxtyping import Array, Float, Int
 from .._arguments import as_array
 from .._axes import axes
 from .._static import AnyArray
-from .._tokens import Tile
-from .base import AbstractScore
+from .._tokens import Bounds, Tile
+from .base import AbstractBoundedScore, AbstractScore
 
 
 # A table of distances is made up to this one.
 _FARTHEST = 2**11
 
 
-class ALiBi(AbstractScore):
+class ALiBi(AbstractBoundedScore):
     r"""Adds $-\text{slope} \cdot |i - j|$ to the logit.
+
+    In long sequences, most pairs are so far apart that their weights round to nothing.
+    [`eqx_attention.Blockwise`][] and [`eqx_attention.Flash`][] find tiles of which that is
+    sure, and do not compute them, where this is the only score: with the slopes of the
+    paper for 16 heads, and 8,192 tokens, that is more than half of all tiles.
 
     ??? cite
 
@@ -75,6 +81,23 @@ class ALiBi(AbstractScore):
     ) -> Float[Array, "head query key"]:
         distance = jnp.abs(tile.q_position - tile.kv_position)
         return logit - self.slopes.astype(logit.dtype) * distance.astype(logit.dtype)
+
+    def most(
+        self, upper: Any, bounds: Bounds
+    ) -> Float[Array, "#head #q_blocks #kv_blocks"]:
+        # Slopes belong to no token, so `self` and `upper` hold the same.
+        low, high = bounds
+        nearest = jnp.maximum(
+            low.kv_position - high.q_position, low.q_position - high.kv_position
+        )
+        farthest = jnp.maximum(
+            high.kv_position - low.q_position, high.q_position - low.kv_position
+        )
+        near, far = (
+            -self.slopes * x.astype(self.slopes.dtype)
+            for x in (jnp.maximum(nearest, 0), farthest)
+        )
+        return jnp.maximum(near, far)  # the far ones where a slope is negative
 
 
 class RelativeBias(AbstractScore):
