@@ -50,6 +50,7 @@ def test_each_part_arrives(monkeypatch, n, arrays, batch, length, channels, bloc
     counts, found = _tiles_of_block(tiles, n, blocks, start)
     assert len({*found[counts > 0, 0, 1]}) == min(n, (counts > 0).sum())
     assert max(counts) - min(counts) <= n
+    assert (found[start % blocks, 0, [0, 2, 3, 4]] == 0).all()  # where others ended
     shape = (arrays, batch, length, n, tiles.lines, tiles.inner)
     parts = np.arange(n * math.prod(shape)).reshape(n, *shape)
     there = np.full((n, arrays, batch, n, *parts.shape[3:4], *parts.shape[5:]), -1)

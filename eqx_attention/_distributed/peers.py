@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from .._device import compute_capability, version_of_jax
-from .._mechanism import Request, vary, varying_axes
+from .._mechanism import Request
 from .._mechanism.varying import like
 
 
@@ -120,7 +120,6 @@ def _to_tokens(arrays: Sequence[Array], axis: str) -> list[Array]:
 
 
 def _swapped(arrays: Sequence[Array], axis: str, n: int, forth: bool) -> list[Array]:
-    arrays = vary(list(arrays), varying_axes(list(arrays)))
     return _swapped_p.bind(*arrays, axis=axis, n=n, forth=forth)
 
 
