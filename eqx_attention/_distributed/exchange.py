@@ -12,36 +12,13 @@ from jaxtyping import Array
 
 from .._mechanism import counted, num_splits, Pairs, Request, Split, traced
 from .._tokens import Tokens
+from .peers import to_heads
 
 
 def repeats(request: Request, n: int) -> int:
     """How often each key head is repeated, so that each device has those that it reads."""
     heads = request.key_.shape[2]
     return math.lcm(heads, n) // heads
-
-
-def to_heads(arrays: Sequence[Array], axis: str, n: int) -> list[Array]:
-    """Of arrays `"batch len heads channels"`: those of equal lengths and channels, in one
-    collective."""
-    out: list[Any] = [None] * len(arrays)
-    kinds: dict[Any, list[int]] = {}
-    for i, x in enumerate(arrays):
-        kinds.setdefault((x.dtype, x.shape[1], x.shape[-1]), []).append(i)
-    for alike in kinds.values():
-        parts = [arrays[i] for i in alike]
-        parts = [x.reshape(*x.shape[:2], n, -1, x.shape[-1]) for x in parts]
-        sizes = [x.shape[3] for x in parts]
-        packed = jnp.concatenate(parts, axis=3)
-        packed = lax.all_to_all(packed, axis, 2, 1, tiled=True)[:, :, 0]
-        starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        for i, start, size in zip(alike, starts, sizes, strict=True):
-            out[i] = packed[:, :, start : start + size]
-    return out
-
-
-def to_tokens(x: Array, axis: str) -> Array:
-    """The inverse of `to_heads`, of one array."""
-    return lax.all_to_all(x, axis, 1, 2, tiled=True)
 
 
 def repeat_heads(x: Array, count: int) -> Array:
@@ -61,16 +38,19 @@ def leaf_to_heads(x: Any, axis: str, n: int) -> Any:
     return lax.all_to_all(x, axis, 1, tokens, tiled=True)
 
 
-def exchanged(request: Request, axis: str, n: int) -> Request:
-    """The request with all tokens of this axis, and this device's heads."""
+def exchanged(
+    request: Request, axis: str, n: int, kernel: bool, rows: Sequence[Array] = ()
+) -> tuple[Request, list[Array]]:
+    """The request with all tokens of this axis, and this device's heads; and so `rows`,
+    which are arrays of query tokens."""
     count = repeats(request, n)
     k, v = (repeat_heads(x, count) for x in (request.key_, request.value))
-    qkv = to_heads((request.query, k, v), axis, n)
+    q, k, v, *rows = to_heads((request.query, k, v, *rows), axis, n, kernel)
     pairs = jax.tree.map(lambda x: leaf_to_heads(x, axis, n), _unnumbered(request))
     head = pairs.head
     if head is None:
-        head = counted(((axis, n),), qkv[0].shape[2], 1)
-    return _request(request, qkv, pairs, head, n, counted)
+        head = counted(((axis, n),), q.shape[2], 1)
+    return _request(request, (q, k, v), pairs, head, n, counted), rows
 
 
 def of_exchanged(request: Request, n: int, look: Callable) -> Any:

@@ -10,10 +10,9 @@ from .exchange import (
     of_exchanged,
     repeat_heads,
     repeats,
-    to_heads,
-    to_tokens,
 )
 from .inner import as_inner, check_inner, not_split
+from .peers import explained, peers_unsupported, to_heads, to_tokens
 
 
 class Ulysses(AbstractMechanism):
@@ -84,11 +83,12 @@ class Ulysses(AbstractMechanism):
     ) -> tuple[
         Float[Array, "batch q_len q_heads value_dim"], Float[Array, "batch q_len q_heads"]
     ]:
-        axis, n = request.split.key[-1]
-        inner = exchanged(request, axis, n)
+        (axis, n), kernel = request.split.key[-1], not peers_unsupported(request)
+        inner, _ = exchanged(request, axis, n, kernel)
         out, lse = as_inner(self.inner).forward(inner)
-        out = to_tokens(out.astype(request.result_dtype), axis)
-        return out, to_tokens(lse[..., None], axis)[..., 0]
+        rows = [out.astype(request.result_dtype), lse[..., None]]
+        out, lse = to_tokens(rows, axis, n, kernel)
+        return out, lse[..., 0]
 
     def backward(
         self,
@@ -99,18 +99,18 @@ class Ulysses(AbstractMechanism):
         dlse: Float[Array, "batch q_len q_heads"] | None,
         wrt: tuple[int, ...],
     ) -> Gradients:
-        axis, n = request.split.key[-1]
+        (axis, n), kernel = request.split.key[-1], not peers_unsupported(request)
         leaves, count = jax.tree.leaves(request.pairs), repeats(request, n)
 
         def moved(q, k, v, leaves):
             k, v = (repeat_heads(x, count) for x in (k, v))
-            qkv = tuple(to_heads((q, k, v), axis, n))
+            qkv = tuple(to_heads((q, k, v), axis, n, kernel))
             return qkv, tuple(leaf_to_heads(x, axis, n) for x in leaves)
 
-        inner = exchanged(again(request, dout), axis, n)
         rows = [out, dout, lse[..., None]]
         rows += [] if dlse is None else [dlse[..., None]]
-        out, dout, lse, *more = to_heads(rows, axis, n)
+        inner, rows = exchanged(again(request, dout), axis, n, kernel, rows)
+        out, dout, lse, *more = rows
         dlse = more[0][..., 0] if more else None
         grads = as_inner(self.inner).backward(inner, out, lse[..., 0], dout, dlse, wrt)
         dqkv = tuple(x.astype(inner.result_dtype) for x in grads[:3])
@@ -131,5 +131,5 @@ class Ulysses(AbstractMechanism):
         return (
             f"ulysses: {request.query.shape[2] // n} of {request.query.shape[2]} heads and "
             f"{request.lengths[0] * n} queries a device{more}; {ulysses_cost(request)}; "
-            f"{inner}"
+            f"{explained(request)}; {inner}"
         )
