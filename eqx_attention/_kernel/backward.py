@@ -14,9 +14,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from .._axes import ceil_div
 from .._mechanism.base import Request
 from .hopper import along, COLUMN, LOG2E, whole_rows
+from .logits import logit_of
 from .schedule import place_of, section
 from .tables import never_masked, table, table_in_order
-from .terms import AtTile, folded_scale, keep_fn, logit_fn, Place, terms_of, visible_fn
+from .terms import AtTile, keep_fn, Place, terms_of, visible_fn
 
 
 # How many heads at least are computed at once, if rows wait for one another.
@@ -77,10 +78,10 @@ class Work:
         batch, q_len, heads, _ = request.query.shape
         self.kv_heads = request.key_.shape[2]
         self.num_rows = ceil_div(request.lengths[1], rows)
-        folded = folded_scale(request.pairs)
-        self.scale = 1.0 if folded is None else folded
+        self.logit = logit = logit_of(request, blocks.query, rows)
+        self.scale = logit.scale
         # Queries beyond the end see nothing, but a score may make NaN of them.
-        self.ragged = folded is None and q_len % blocks.query != 0
+        self.ragged = logit.term is not None and q_len % blocks.query != 0
         self.rate = request.pairs.dropout.rate if request.pairs.dropout else 0.0
         self.may_mask = not never_masked(request, rows)
         self.terms = terms_of(
@@ -89,21 +90,21 @@ class Work:
             rows,
             {
                 "visible": visible_fn(request, rows) if self.may_mask else None,
-                "logit": logit_fn if folded is None else None,
+                "logit": logit.term,
                 "keep": keep_fn if self.rate else None,
             },
             by_key=True,
         )
         # Whether the product that is to become the logits, and that which is to become the
         # gradients of the weights, begin with what is to be added.
-        self.folds = "logit" not in self.terms.terms, "keep" not in self.terms.terms
+        self.folds = logit.added, "keep" not in self.terms.terms
 
         def padded(x, value):
             x = x.swapaxes(1, 2)
             rest = -q_len % blocks.query
             return jnp.pad(x, ((0, 0), (0, 0), (0, rest)), constant_values=value)
 
-        low = lse * (-LOG2E if folded is None else -1 / folded)
+        low = lse * (-1 / logit.scale if logit.added else -LOG2E)
         self.lse, self.delta = padded(low, -jnp.inf), padded(-delta, 0)
         self.dq = jax.new_ref(jnp.zeros(self.q.shape, jnp.float32))
         self.order: list[Any] = []
@@ -172,27 +173,46 @@ class Work:
             n: given[n].at(given[n].load(place, given[n].load(place)), place) for n in use
         }
 
-    def begin(self, at: tuple[Any, Any], ready: tuple[Any, Any], accs: Any) -> None:
+    def begin(
+        self,
+        at: dict[str, AtTile],
+        numbers: tuple[Any, Any],
+        ready: tuple[Any, Any],
+        accs: Any,
+    ) -> None:
         """Waits for a tile's queries and gradients of outputs; the accumulators of the
-        products with them begin with lse and delta, which are `at`. Both before the first
-        product, for which the compiler would wait in between."""
-        for acc, numbers, barrier, folds in zip(accs, at, ready, self.folds, strict=True):
+        products with them begin with `numbers`, which are lse and delta, and with what is
+        added to logits. Both before the first product, for which the compiler would wait in
+        between."""
+        added = at["logit"]() if self.logit.added and "logit" in at else None
+        for acc, ref, barrier, folds in zip(accs, numbers, ready, self.folds, strict=True):
             plgpu.barrier_wait(barrier)
             if folds:
-                acc[...] = _columns(numbers, acc.shape)
+                first = _columns(ref, acc.shape)
+                acc[...] = first if added is None else first + added
+            added = None
 
     def weights(self, at: dict[str, AtTile], product: jax.Array, low: Any) -> jax.Array:
         """`low` is where lse is."""
-        logits = at["logit"](0, product) if "logit" in at else product
-        logits = logits * (self.scale * LOG2E)
-        weights = jnp.exp2(
-            logits if self.folds[0] else logits + _columns(low, product.shape)
-        )
+        if self.logit.added:
+            weights = jnp.exp2(product * (self.scale * LOG2E))
+        else:
+            logits = at["logit"](0, product)
+            weights = jnp.exp2(logits + _columns(low, product.shape))
         if "visible" in at:
             weights = jnp.where(at["visible"](), weights, 0.0)
         if not self.ragged:
             return weights
         return jnp.where(_columns(low, product.shape) > -jnp.inf, weights, 0.0)
+
+    def sloped(self, at: dict[str, AtTile], weights: jax.Array) -> jax.Array:
+        """Weights, as the gradient of the product needs them."""
+        if not self.logit.sloped:
+            return weights
+        out = weights * at["logit"](1)
+        # What is not seen may be NaN, of which 0 times is NaN.
+        hidden = "visible" in at or self.ragged
+        return jnp.where(weights == 0, 0.0, out) if hidden else out
 
     def dropped(self, at: dict[str, AtTile], x: jax.Array) -> jax.Array:
         """Dropout of weights, and of their gradients."""
@@ -208,15 +228,15 @@ class Work:
         dweights: jax.Array,
         delta: Any,
     ) -> jax.Array:
-        """The gradient of the product. `delta` is where that is."""
+        """The gradient of the product, but for `scale`, from weights that are `sloped`.
+        `delta` is where that is."""
         dweights = self.dropped(at, dweights)
         ds = weights * (
             dweights if self.folds[1] else dweights + _columns(delta, product.shape)
         )
-        if "logit" in at:
+        if self.logit.pulled:
             ds = at["logit"](1, product, ds)
         if "visible" in at or self.ragged:
-            # What is not seen may be NaN, of which 0 times is NaN.
             ds = jnp.where(weights == 0, 0.0, ds)
         return ds
 

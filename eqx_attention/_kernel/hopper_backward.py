@@ -89,7 +89,7 @@ def backward(
 
                     def of_product(s_acc, dweights_acc):
                         ready = q_ready.at[slot], dout_ready.at[dout_slot]
-                        work.begin((low, delta), ready, (s_acc, dweights_acc))
+                        work.begin(at, (low, delta), ready, (s_acc, dweights_acc))
                         for c in range(chunks):
                             part = pl.ds(c * _CHUNK, _CHUNK)
                             q_part = q_smem.at[slot, 0, :, part]
@@ -100,6 +100,7 @@ def backward(
                         product = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
                         weights = work.weights(at, product, low)
                         dropped = work.dropped(at, weights).astype(dtype)
+                        weights = work.sloped(at, weights)
                         plgpu.wgmma(dv_acc, dropped, dout_smem.at[dout_slot, 0])
                         dweights = plgpu.wgmma_accumulator_load(dweights_acc, wait_n=1)
                         ds = work.ds(at, product, weights, dweights, delta)

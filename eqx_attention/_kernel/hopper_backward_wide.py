@@ -83,7 +83,7 @@ def backward(
 
                     def of_product(s_acc, dweights_acc):
                         ready = q_ready.at[slot], dout_ready.at[dout_slot]
-                        work.begin((low, delta), ready, (s_acc, dweights_acc))
+                        work.begin(at, (low, delta), ready, (s_acc, dweights_acc))
                         for c in range(2):
                             plgpu.wgmma(s_acc, k_smem.at[c], q_smem.at[slot, c, mine].T)
                         for c in range(2):
@@ -92,6 +92,7 @@ def backward(
                         product = plgpu.wgmma_accumulator_load(s_acc, wait_n=2)
                         weights = work.weights(at, product, low)
                         dropped = work.dropped(at, weights).astype(dtype)
+                        weights = work.sloped(at, weights)
                         weights_smem[buffer, :, mine] = dropped
                         dweights = plgpu.wgmma_accumulator_load(dweights_acc, wait_n=0)
                         ds = work.ds(at, product, weights, dweights, delta)

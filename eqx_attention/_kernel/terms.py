@@ -304,8 +304,15 @@ def terms_of(
     fns: dict[str, Any],
     by_key: bool = False,
 ) -> Terms:
-    """**Raises:** `NotElementwise` if one of them does more than a kernel can."""
-    terms = {name: Term(request, fn, block_q, block_k) for name, fn in fns.items() if fn}
+    """`fns` may be terms already.
+
+    **Raises:** `NotElementwise` if one of them does more than a kernel can.
+    """
+    terms = {
+        name: fn if isinstance(fn, Term) else Term(request, fn, block_q, block_k)
+        for name, fn in fns.items()
+        if fn
+    }
     return Terms(terms, {name: term.inputs(by_key) for name, term in terms.items()})
 
 
