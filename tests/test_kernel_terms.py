@@ -1,15 +1,20 @@
 """Masks and scores as kernels compute them, of a tile, without a GPU."""
 
+import eqx_attention as eqa
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from eqx_attention._axes import Block
 from eqx_attention._kernel import lookup
+from eqx_attention._kernel.factors import is_constant
+from eqx_attention._kernel.hopper import LOG2E
+from eqx_attention._kernel.logits import logit_of
 from eqx_attention._kernel.terms import logit_fn, Place, terms_of, visible_fn
 from eqx_attention._mechanism.tile import TileOf
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from .helpers import compiled
 from .kernel_cases import make_case, make_request, TILES
 
 
@@ -81,3 +86,121 @@ def test_terms_on_a_tile(name, by_key, without_a_gpu):
     assert np.array_equal(visible & ~np.isneginf(got), np.asarray(seen[tile]))
     for x, y in ((got, want), (gradient, pull(cotangent)[0])):
         np.testing.assert_allclose(x, np.asarray(y[tile]), rtol=1e-4, atol=1e-4)
+
+
+@jax.custom_vjp
+def _clipped(x):
+    """Its gradient is no linear function of that of what follows."""
+    return x
+
+
+_clipped.defvjp(lambda x: (x, None), lambda _, g: (jnp.clip(g, -0.5, 0.5),))
+
+
+@jax.custom_vjp
+def _tripled(x):
+    """Its gradient is not that of what it computes."""
+    return x
+
+
+_tripled.defvjp(lambda x: (x, None), lambda _, g: (3 * g,))
+
+_PARAMS = {"by_head": jnp.asarray([0.5, -2.0])}
+_FUNCTIONS = {
+    "affine": lambda x, i, j, *_: 3 - (x / 2 + 0.25 * (i - j).astype(x.dtype)) * 4,
+    "positive": lambda x, i, j, *_: (x - i.astype(x.dtype) * 0.1) * 1.5 + 1 / (1 + j),
+    "by head": lambda x, i, j, h, a, b, p: x * p["by_head"][h] + p["by_head"][h],
+    "head chosen": lambda x, i, j, h, *_: jnp.where(h == 0, x * 2, x * 3),
+    "pair chosen": lambda x, i, j, *_: jnp.where(i < j, x * 2, jnp.tanh(x)),
+    "gated": lambda x, i, j, h, a, b, p: jax.nn.silu(x * 3) * p["by_head"][h] / 2 - x,
+    "steps": lambda x, *_: jnp.maximum(x, 0) - jnp.clip(x, -0.5, 0.5) + jnp.abs(x) / 3,
+    "powers": lambda x, i, j, *_: -(x**3) / 10 + x**2 * (i - j).astype(x.dtype) * 0.01,
+    "quotient": lambda x, i, j, *_: x / (1.5 + jnp.cos(x)) / (1 + j).astype(x.dtype),
+    "shared": lambda x, *_: (lambda y: y * jnp.sin(y) + y)(0.3 * x),
+    "constant": lambda x, i, *_: jax.lax.stop_gradient(x) * 2 + i.astype(x.dtype),
+    "clipped": lambda x, *_: _clipped(2 * x),
+    "tripled": lambda x, *_: _tripled(2 * x) + 1,
+}
+_SCORES = {
+    "alibi": eqa.ALiBi(jnp.asarray([0.5, 0.125])),
+    "soft-cap": eqa.SoftCap(1.5),
+    "soft-cap, learned": eqa.SoftCap(jnp.asarray(1.5)),
+    "soft-cap of alibi": (eqa.ALiBi(jnp.asarray([0.5, 0.125])), eqa.SoftCap(1.5)),
+    "alibi of soft-cap": (eqa.SoftCap(1.5), eqa.ALiBi(jnp.asarray([0.5, 0.125]))),
+    "relative": eqa.RelativeBias(jnp.arange(16.0).reshape(8, 2), max_distance=8),
+    "bias": eqa.Bias(jnp.arange(2.0 * 16 * 16).reshape(2, 16, 16) % 7),
+    **{name: eqa.ScoreFn(fn, params=_PARAMS) for name, fn in _FUNCTIONS.items()},
+}
+_ADDED = {"alibi", "relative", "bias", "positive"}
+_PULLED = {"clipped"}
+
+
+def _in_a_kernel(request, product, cotangent):
+    """The logits of a head, times `LOG2E`, and the gradient of the product, as a kernel of
+    the backward pass computes them."""
+    logit = logit_of(request, 16, 16)
+    terms = terms_of(request, 16, 16, {"logit": logit.term}, by_key=True)
+    loaded = terms.given([_Ref(x) for x in terms.arrays])["logit"]
+    place = Place(0, 1, 0, 0, (16, 16), 1)
+    at = loaded.at(loaded.load(place, loaded.load(place)), place)
+    if logit.added:
+        logits = (product + at()) * logit.scale * LOG2E
+    else:
+        logits = at(0, product)
+    if logit.pulled:
+        return logit, logits, at(1, product, cotangent)
+    slope = at(1) if logit.sloped else 1.0
+    return logit, logits, cotangent * slope * logit.scale
+
+
+@pytest.mark.parametrize("scale", (0.3, "by head"))
+def test_logits_and_slopes(scale, without_a_gpu, monkeypatch):
+    """Against JAX's own derivative, for each score."""
+    monkeypatch.setattr(lookup, "read", lambda table, index, _: table[index])
+    q = jnp.zeros((1, 16, 2, 64), jnp.bfloat16)
+    shape = (1, 2, 16, 16)
+    product, cotangent = jax.random.normal(jax.random.key(0), (2, *shape)) * 3
+    scales = scale if isinstance(scale, float) else jnp.asarray([0.3, 0.7])
+    kinds = {}
+
+    def both():
+        out = {}
+        for name, score in _SCORES.items():
+            request = make_request(q, q, q, score=score, scale=scales)
+            logits = TileOf(request, Block((0, 0, 0, 0), shape), masked=False).logits
+            logit, pull = jax.vjp(logits, product)
+            want = logit * LOG2E, pull(cotangent)[0]
+            x, dx = product[0, 1].T, cotangent[0, 1].T
+            kinds[name], *got = _in_a_kernel(request, x, dx)
+            out[name] = got, [x[0, 1].T for x in want]
+        return out
+
+    for name, (got, want) in compiled(both).items():
+        added = scales is scale and name in _ADDED
+        assert kinds[name].added == added and kinds[name].pulled == (name in _PULLED)
+        for x, y in zip(got, want, strict=True):
+            np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5, err_msg=name)
+
+
+def test_constant_factors_are_one(without_a_gpu):
+    """A soft-cap multiplies with constants twice: before and after its tanh."""
+    q = jnp.zeros((1, 16, 2, 64), jnp.bfloat16)
+    request = make_request(q, q, q, score=eqa.SoftCap(30.0), scale=0.125)
+    logit = logit_of(request, 16, 16)
+    assert logit.scale == pytest.approx(0.125)
+    found = {}
+
+    def visit(x):
+        if not is_constant(x):
+            found[x.number] = x
+            for y in x.inputs:
+                visit(y)
+
+    assert logit.term is not None
+    for x in logit.term.graph.outputs:
+        visit(x)
+    names = [getattr(x.primitive, "name", None) for x in found.values()]
+    factors = [y for x in found.values() for y in x.inputs if is_constant(y)]
+    assert names.count("tanh") == 1 and "div" not in names
+    factors = sorted(float(x) for x in factors if x != 1)
+    assert factors == pytest.approx([0.125 / 30, 30 * LOG2E])

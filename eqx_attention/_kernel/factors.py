@@ -19,7 +19,7 @@ _LEAST, _MOST = 1e-30, 1e30
 _SAME = frozenset(
     "broadcast_in_dim copy copy_p expand_dims reshape squeeze transpose".split()
 )
-_SIGNS = {"add": (1, 1), "add_any": (1, 1), "sub": (1, -1), "neg": (-1,)}
+_SIGNS = {"add": (1.0, 1.0), "add_any": (1.0, 1.0), "sub": (1.0, -1.0), "neg": (-1.0,)}
 
 
 def is_constant(x: Any) -> bool:
@@ -94,7 +94,7 @@ def _taken(graph: Any, factor: float, x: Any) -> Any:
     return None
 
 
-def _sum(graph: Any, signs: Sequence[int], terms: Sequence[Any]) -> Any:
+def _sum(graph: Any, signs: Sequence[float], terms: Sequence[Any]) -> Any:
     if len(terms) == 1:
         return times(graph, signs[0], terms[0])
     x, y = terms
@@ -104,7 +104,11 @@ def _sum(graph: Any, signs: Sequence[int], terms: Sequence[Any]) -> Any:
         return x
     if is_constant(x) and x.item() == 0:
         return times(graph, signs[1], y)
-    return graph.make(lax.add_p if signs[1] == 1 else lax.sub_p, (x, y))
+    primitive = lax.add_p if signs[1] == 1 else lax.sub_p
+    (a, x_rest), (b, y_rest) = factored(x), factored(y)
+    if a == b and x_rest is not None and y_rest is not None:
+        return times(graph, a, graph.make(primitive, (x_rest, y_rest)))
+    return graph.make(primitive, (x, y))
 
 
 def _name(x: Any) -> str:
@@ -185,6 +189,6 @@ class Argument:
         if any(y is None for y in found):
             return None
         factors, rests = zip(*found, strict=True)
-        signs = _SIGNS.get(name, (1,))
+        signs = _SIGNS.get(name, (1.0,))
         factor = sum(f * s for f, s in zip(factors, signs, strict=True))
         return factor, _sum(self.graph, signs, rests)

@@ -115,8 +115,8 @@ class Graph:
 
     def _apply(self, eqn, name: str, inputs) -> Any:
         nodes = [x for x in inputs if isinstance(x, Node)]
-        if not nodes and name in _SHAPE and inputs[0].size == 1:
-            return inputs[0].reshape(())
+        if not nodes and name in _SHAPE and eqn.outvars[0].aval.size == 1:
+            return inputs[0].reshape(eqn.outvars[0].aval.shape)
         axes, joins, inside = _belongs(nodes)
         simple = name in _ELEMENTWISE or name in _SHAPE
         dtype: Any = getattr(eqn.outvars[0].aval, "dtype", None)
