@@ -2,6 +2,7 @@
 tile. A block of threads has a row of tiles: some keys, and all the queries that see them.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .._axes import ceil_div
 from .._mechanism.base import Request
+from .bits import packed, where
 from .hopper import along, COLUMN, LOG2E, whole_rows
 from .logits import logit_of
 from .schedule import place_of, section
@@ -95,15 +97,15 @@ class Work:
             },
             by_key=True,
         )
-        # Whether the product that is to become the logits, and that which is to become the
-        # gradients of the weights, begin with what is to be added.
-        self.folds = logit.added, "keep" not in self.terms.terms
 
         def padded(x, value):
             x = x.swapaxes(1, 2)
             rest = -q_len % blocks.query
             return jnp.pad(x, ((0, 0), (0, 0), (0, rest)), constant_values=value)
 
+        if self.rate:
+            # Weights come out divided by how many are kept.
+            lse, delta = lse + math.log1p(-self.rate), delta * (1 - self.rate)
         low = lse * (-1 / logit.scale if logit.added else -LOG2E)
         self.lse, self.delta = padded(low, -jnp.inf), padded(-delta, 0)
         self.dq = jax.new_ref(jnp.zeros(self.q.shape, jnp.float32))
@@ -184,13 +186,14 @@ class Work:
         products with them begin with `numbers`, which are lse and delta, and with what is
         added to logits. Both before the first product, for which the compiler would wait in
         between."""
+        logits, dweights = accs
         added = at["logit"]() if self.logit.added and "logit" in at else None
-        for acc, ref, barrier, folds in zip(accs, numbers, ready, self.folds, strict=True):
-            plgpu.barrier_wait(barrier)
-            if folds:
-                first = _columns(ref, acc.shape)
-                acc[...] = first if added is None else first + added
-            added = None
+        plgpu.barrier_wait(ready[0])
+        if self.logit.added:
+            low = _columns(numbers[0], logits.shape)
+            logits[...] = low if added is None else low + added
+        plgpu.barrier_wait(ready[1])
+        dweights[...] = _columns(numbers[1], dweights.shape)
 
     def weights(self, at: dict[str, AtTile], product: jax.Array, low: Any) -> jax.Array:
         """`low` is where lse is."""
@@ -214,11 +217,9 @@ class Work:
         hidden = "visible" in at or self.ragged
         return jnp.where(weights == 0, 0.0, out) if hidden else out
 
-    def dropped(self, at: dict[str, AtTile], x: jax.Array) -> jax.Array:
-        """Dropout of weights, and of their gradients."""
-        if "keep" not in at:
-            return x
-        return jnp.where(at["keep"](), x * (1 / (1 - self.rate)), 0.0)
+    def kept(self, at: dict[str, AtTile]) -> tuple[jax.Array, ...]:
+        """Which pairs dropout keeps; computed while the matrix units compute products."""
+        return packed(at["keep"]()) if "keep" in at else ()
 
     def ds(
         self,
@@ -227,18 +228,24 @@ class Work:
         weights: jax.Array,
         dweights: jax.Array,
         delta: Any,
+        kept: tuple[jax.Array, ...],
     ) -> jax.Array:
         """The gradient of the product, but for `scale`, from weights that are `sloped`.
         `delta` is where that is."""
-        dweights = self.dropped(at, dweights)
-        ds = weights * (
-            dweights if self.folds[1] else dweights + _columns(delta, product.shape)
-        )
+        if kept:
+            # All have delta already.
+            dweights = where(kept, dweights, _columns(delta, dweights.shape))
+        ds = weights * dweights
         if self.logit.pulled:
             ds = at["logit"](1, product, ds)
         if "visible" in at or self.ragged:
             ds = jnp.where(weights == 0, 0.0, ds)
         return ds
+
+
+def dropped(weights: jax.Array, kept: tuple[jax.Array, ...]) -> jax.Array:
+    """Weights after dropout."""
+    return where(kept, weights, jnp.zeros_like(weights)) if kept else weights
 
 
 def _columns(ref: Any, shape: Any) -> jax.Array:

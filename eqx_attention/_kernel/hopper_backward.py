@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .._mechanism.base import Request
-from .backward import Blocks, clean, WARPGROUPS, Work
+from .backward import Blocks, clean, dropped, WARPGROUPS, Work
 from .backward_row import Added, Row
 from .hopper import fence, launch, opaque, smem, sync, THREADS
 from .terms import Place
@@ -97,13 +97,14 @@ def backward(
                         plgpu.wgmma(
                             dweights_acc, v_smem.at[0, own], dout_smem.at[dout_slot, 0].T
                         )
+                        kept = work.kept(at)
                         product = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
                         weights = work.weights(at, product, low)
-                        dropped = work.dropped(at, weights).astype(dtype)
+                        used = dropped(weights, kept).astype(dtype)
                         weights = work.sloped(at, weights)
-                        plgpu.wgmma(dv_acc, dropped, dout_smem.at[dout_slot, 0])
+                        plgpu.wgmma(dv_acc, used, dout_smem.at[dout_slot, 0])
                         dweights = plgpu.wgmma_accumulator_load(dweights_acc, wait_n=1)
-                        ds = work.ds(at, product, weights, dweights, delta)
+                        ds = work.ds(at, product, weights, dweights, delta, kept)
                         return ds.astype(dtype)
 
                     tile = plgpu.WGMMAAccumulatorRef(shape, jnp.float32)
