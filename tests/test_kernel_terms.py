@@ -6,11 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from eqx_attention._axes import Block
-from eqx_attention._kernel import lookup
+from eqx_attention._kernel import backward, lookup
 from eqx_attention._kernel.factors import is_constant
 from eqx_attention._kernel.hopper import LOG2E
 from eqx_attention._kernel.logits import logit_of
 from eqx_attention._kernel.terms import logit_fn, Place, terms_of, visible_fn
+from eqx_attention._mechanism.hidden import seen_rows
 from eqx_attention._mechanism.tile import TileOf
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -204,3 +205,92 @@ def test_constant_factors_are_one(without_a_gpu):
     assert names.count("tanh") == 1 and "div" not in names
     factors = sorted(float(x) for x in factors if x != 1)
     assert factors == pytest.approx([0.125 / 30, 30 * LOG2E])
+
+
+class _Accumulator:
+    """An accumulator of the matrix units."""
+
+    def __init__(self, shape):
+        self.shape, self.value = shape, jnp.zeros(shape)
+
+    def __setitem__(self, at, value):
+        self.value = value
+
+
+def _gradients(request, out, lse, dout):
+    """`(dq, dk, dv)` of a request of one tile, by the arithmetic of the kernels."""
+    q, k, v = request.query, request.key_, request.value
+    low, dout, delta = seen_rows(out, lse, dout, None)
+    work = backward.Work(
+        request, low, delta, dout, backward.Blocks(query=16, key=16), rows=16
+    )
+    inputs = [_Ref(x) for x in work.terms.arrays]
+    refs = backward.Refs(*[None] * 9, inputs, (), None, None, None)
+    results = []
+    for head in range(q.shape[2]):
+        at = work.at(refs, Place(0, head, 0, 0, (16, 16), 1), work.may_mask)
+        queries, douts, keys, values = (
+            jnp.pad(jnp.nan_to_num(x[0, :, head]), ((0, 16 - x.shape[1]), (0, 0)))
+            for x in (q, dout, k, v)
+        )
+        low, delta = work.lse[0, head], work.delta[0, head]
+        accs = _Accumulator((16, 16)), _Accumulator((16, 16))
+        work.begin(at, (low, delta), (None, None), accs)
+        kept = work.kept(at)
+        product = accs[0].value + keys @ queries.T
+        weights = work.weights(at, product, low)
+        used = backward.dropped(weights, kept)
+        weights = work.sloped(at, weights)
+        dweights = accs[1].value + values @ douts.T
+        ds = work.ds(at, product, weights, dweights, delta, kept)
+        dq = (ds.T @ keys)[: q.shape[1]]
+        dk = (ds @ queries)[: k.shape[1]]
+        results.append((dq * work.scale, dk * work.scale, (used @ douts)[: k.shape[1]]))
+    return tuple(jnp.stack(x, 1)[None] for x in zip(*results, strict=True))
+
+
+def _nan_where_hidden(x, i, j, *_):
+    return jnp.tanh(x) * jnp.sqrt((i - j).astype(x.dtype))
+
+
+_BACKWARD = {
+    "plain": {},
+    "soft-cap": dict(score=eqa.SoftCap(1.5)),
+    "alibi": dict(score=eqa.ALiBi(jnp.asarray([0.5, 0.125]))),
+    "dropout": dict(dropout=0.3),
+    "all": dict(score=(_SCORES["alibi"], eqa.SoftCap(1.5)), dropout=0.3, length=13),
+    "clipped": dict(score=_SCORES["clipped"]),
+    "hidden": dict(score=eqa.ScoreFn(_nan_where_hidden), dropout=0.3),
+    "no mask": dict(score=_SCORES["gated"], mask=eqa.Full(), length=13),
+}
+
+
+def test_gradients_by_the_arithmetic_of_the_kernels(without_a_gpu, monkeypatch):
+    monkeypatch.setattr(backward, "packed", lambda flags: (flags,))
+    monkeypatch.setattr(backward, "where", lambda words, x, y: jnp.where(*words, x, y))
+    monkeypatch.setattr(plgpu, "load", lambda x, **_: x)
+    monkeypatch.setattr(plgpu, "barrier_wait", lambda barrier: None)
+    key = jax.random.key(1)
+
+    def both():
+        results = {}
+        for name, options in _BACKWARD.items():
+            options = {"mask": eqa.Causal(), "key": key, "dropout": 0.0} | options
+            shape = (1, options.pop("length", 16), 2, 8)
+            q, k, v, dout = jax.random.normal(jax.random.key(0), (4, *shape))
+            if name == "hidden":  # The last key is seen by none but the last query.
+                options["mask"] = eqa.Causal(offset=-1)
+                k, v = (x.at[0, -1].set(jnp.nan) for x in (k, v))
+
+            def attend(q, k, v, options=options):
+                return eqa.attend(q, k, v, mechanism="vanilla", return_lse=True, **options)
+
+            (out, lse), pull = jax.vjp(attend, q, k, v)
+            want = pull((dout, jnp.zeros_like(lse)))
+            request = make_request(q, k, v, **options)
+            results[name] = _gradients(request, out, lse, dout), want
+        return results
+
+    for name, (got, want) in compiled(both).items():
+        for x, y in zip(got, want, strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5, err_msg=name)

@@ -85,6 +85,7 @@ def backward(
                     me = opaque(wg)
                     own = pl.ds(me * blocks.key, blocks.key)
                     q_chunk, chunk = part_of(me)
+                    kept_ = work.kept(at) if work.early else ()
                     low, delta = lse_smem.at[slot], delta_smem.at[dout_slot]
 
                     def of_product(s_acc, dweights_acc):
@@ -97,7 +98,7 @@ def backward(
                         plgpu.wgmma(
                             dweights_acc, v_smem.at[0, own], dout_smem.at[dout_slot, 0].T
                         )
-                        kept = work.kept(at)
+                        kept = kept_ if work.early else work.kept(at)
                         product = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
                         weights = work.weights(at, product, low)
                         used = dropped(weights, kept).astype(dtype)
