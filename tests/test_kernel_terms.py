@@ -10,7 +10,7 @@ from eqx_attention._kernel import backward, lookup
 from eqx_attention._kernel.factors import is_constant
 from eqx_attention._kernel.hopper import LOG2E
 from eqx_attention._kernel.logits import logit_of
-from eqx_attention._kernel.terms import logit_fn, Place, terms_of, visible_fn
+from eqx_attention._kernel.terms import Place, pulled_logit_fn, terms_of, visible_fn
 from eqx_attention._mechanism.hidden import seen_rows
 from eqx_attention._mechanism.tile import TileOf
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -63,7 +63,7 @@ def test_terms_on_a_tile(name, by_key, without_a_gpu):
     masked = TileOf(request, whole, masked=True).logits
     seen = ~jnp.isneginf(masked(product))
     want, pull = jax.vjp(TileOf(request, whole, masked=False).logits, product)
-    fns = {"visible": visible_fn(request, 64), "logit": logit_fn}
+    fns = {"visible": visible_fn(request, 64), "logit": pulled_logit_fn}
     given = terms_of(request, 128, 64, fns, by_key)
     given = given.given([_Ref(x) for x in given.arrays])
     b, h, i, j = batch - 1, heads - 2 if heads > 1 else 0, q_len // 128 * 64, kv_len // 64

@@ -123,7 +123,8 @@ class Work:
             self.tiles = table(request, blocks.query, rows, by_key=True)
         # A row waits for those before it: few are to be computed at once.
         side_by_side = section(request, _SIDE_BY_SIDE if blocks.in_order else 1)
-        # Whether what dropout keeps is computed before the products, which leave no registers.
+        # Whether what dropout keeps is computed before the products, not during them: they
+        # leave no registers for it.
         self.early = blocks.query * blocks.key > 64 * 64
         self.place = place_of(batch, self.kv_heads, self.num_rows, side_by_side)
 

@@ -40,7 +40,7 @@ def packed(flags: jax.Array) -> tuple[jax.Array, ...]:
                 bit = arith.select(flag, _i32(1 << n % _BITS), _i32(0))
                 out[n // _BITS] = arith.ori(out[n // _BITS], bit)
                 n += 1
-        here = [
+        here: list[Any] = [
             llvm.inline_asm(x.type, [x], "mov.b32 $0, $1;", "=r,r", has_side_effects=True)
             for x in out
         ]

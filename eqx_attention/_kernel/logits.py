@@ -11,7 +11,7 @@ from typing import NamedTuple
 from .._mechanism.base import Request
 from .factors import Argument, factored, spread
 from .hopper import LOG2E
-from .terms import folded_scale, logit_fn, Term
+from .terms import folded_scale, pulled_logit_fn, Term
 
 
 class Logit(NamedTuple):
@@ -38,7 +38,7 @@ def logit_of(request: Request, block_q: int, block_k: int) -> Logit:
     scale = folded_scale(request.pairs)
     if scale is not None:
         return Logit(scale, added=True)
-    term = Term(request, logit_fn, block_q, block_k)
+    term = Term(request, pulled_logit_fn, block_q, block_k)
     graph = term.graph
     logit, pulled = graph.outputs
     slope = Argument(graph, term.arrays + 4).slope(pulled)
