@@ -29,7 +29,8 @@ class Dropout(eqx.Module):
     def keep(self) -> Bool[Array, "batch head query key"]:
         """Which pairs of a tile are kept, each with probability `1 - rate`."""
         threshold = min(round(self.rate * 2**32), 2**32 - 1)
-        return _mix(self.q_words ^ self.kv_words) >= jnp.uint32(threshold)
+        words = _first(self.q_words) ^ _first(self.kv_words)
+        return _mixed(words) >= jnp.uint32(threshold)
 
 
 def dropout(
@@ -106,13 +107,20 @@ def _fold(keys, size: int, first: Any = 0):
     return fold(keys, index)
 
 
-def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
-    """A bijection of 32-bit words in which each input bit flips half of the output bits.
+def _first(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    """The first step of the mixing: what it gives of two words' exclusive or is that of
+    what it gives of each."""
+    return x ^ (x >> 16)
+
+
+def _mixed(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    """The other steps: with the first, a bijection of 32-bit words in which each input bit
+    flips half of the output bits.
 
     Two multiplications and three shifts; the constants are those found by Chris
     Wellons' search for hash functions of low bias
     (https://nullprogram.com/blog/2018/07/31/).
     """
-    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = x * jnp.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
     return x ^ (x >> 16)

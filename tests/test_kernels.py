@@ -228,7 +228,8 @@ def test_what_belongs_to_one_side_is_computed_outside():
     # A number a head (two of them: the last is of none), and one a query, padded.
     assert shapes == [(1, 1), (1, 1, 8), (1, 4)]
     by_head = next(x.array for x in inputs if x.array.shape == (1, 4))
-    assert np.array_equal(by_head[0], np.arange(4.0))
+    # With the scale, which is a power of two.
+    assert np.array_equal(by_head[0], np.arange(4.0) / 8)
 
 
 def test_pairs_must_be_elementwise():

@@ -2,6 +2,7 @@
 tile. A block of threads has a row of tiles: some keys, and all the queries that see them.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,10 +14,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .._axes import ceil_div
 from .._mechanism.base import Request
+from .bits import packed, where
 from .hopper import along, COLUMN, LOG2E, whole_rows
+from .logits import logit_of
 from .schedule import place_of, section
 from .tables import never_masked, table, table_in_order
-from .terms import AtTile, folded_scale, keep_fn, logit_fn, Place, terms_of, visible_fn
+from .terms import AtTile, keep_fn, Place, terms_of, visible_fn
 
 
 # How many heads at least are computed at once, if rows wait for one another.
@@ -77,10 +80,10 @@ class Work:
         batch, q_len, heads, _ = request.query.shape
         self.kv_heads = request.key_.shape[2]
         self.num_rows = ceil_div(request.lengths[1], rows)
-        folded = folded_scale(request.pairs)
-        self.scale = 1.0 if folded is None else folded
+        self.logit = logit = logit_of(request, blocks.query, rows)
+        self.scale = logit.scale
         # Queries beyond the end see nothing, but a score may make NaN of them.
-        self.ragged = folded is None and q_len % blocks.query != 0
+        self.ragged = logit.term is not None and q_len % blocks.query != 0
         self.rate = request.pairs.dropout.rate if request.pairs.dropout else 0.0
         self.may_mask = not never_masked(request, rows)
         self.terms = terms_of(
@@ -89,21 +92,21 @@ class Work:
             rows,
             {
                 "visible": visible_fn(request, rows) if self.may_mask else None,
-                "logit": logit_fn if folded is None else None,
+                "logit": logit.term,
                 "keep": keep_fn if self.rate else None,
             },
             by_key=True,
         )
-        # Whether the product that is to become the logits, and that which is to become the
-        # gradients of the weights, begin with what is to be added.
-        self.folds = "logit" not in self.terms.terms, "keep" not in self.terms.terms
 
         def padded(x, value):
             x = x.swapaxes(1, 2)
             rest = -q_len % blocks.query
             return jnp.pad(x, ((0, 0), (0, 0), (0, rest)), constant_values=value)
 
-        low = lse * (-LOG2E if folded is None else -1 / folded)
+        if self.rate:
+            # Weights come out divided by how many are kept.
+            lse, delta = lse + math.log1p(-self.rate), delta * (1 - self.rate)
+        low = lse * (-1 / logit.scale if logit.added else -LOG2E)
         self.lse, self.delta = padded(low, -jnp.inf), padded(-delta, 0)
         self.dq = jax.new_ref(jnp.zeros(self.q.shape, jnp.float32))
         self.order: list[Any] = []
@@ -120,6 +123,9 @@ class Work:
             self.tiles = table(request, blocks.query, rows, by_key=True)
         # A row waits for those before it: few are to be computed at once.
         side_by_side = section(request, _SIDE_BY_SIDE if blocks.in_order else 1)
+        # Whether what dropout keeps is computed before the products, not during them: they
+        # leave no registers for it.
+        self.early = blocks.query * blocks.key > 64 * 64
         self.place = place_of(batch, self.kv_heads, self.num_rows, side_by_side)
 
     @property
@@ -172,33 +178,51 @@ class Work:
             n: given[n].at(given[n].load(place, given[n].load(place)), place) for n in use
         }
 
-    def begin(self, at: tuple[Any, Any], ready: tuple[Any, Any], accs: Any) -> None:
+    def begin(
+        self,
+        at: dict[str, AtTile],
+        numbers: tuple[Any, Any],
+        ready: tuple[Any, Any],
+        accs: Any,
+    ) -> None:
         """Waits for a tile's queries and gradients of outputs; the accumulators of the
-        products with them begin with lse and delta, which are `at`. Both before the first
-        product, for which the compiler would wait in between."""
-        for acc, numbers, barrier, folds in zip(accs, at, ready, self.folds, strict=True):
-            plgpu.barrier_wait(barrier)
-            if folds:
-                acc[...] = _columns(numbers, acc.shape)
+        products with them begin with `numbers`, which are lse and delta, and with what is
+        added to logits. Both before the first product, for which the compiler would wait in
+        between."""
+        logits, dweights = accs
+        added = at["logit"]() if self.logit.added and "logit" in at else None
+        plgpu.barrier_wait(ready[0])
+        if self.logit.added:
+            low = _columns(numbers[0], logits.shape)
+            logits[...] = low if added is None else low + added
+        plgpu.barrier_wait(ready[1])
+        dweights[...] = _columns(numbers[1], dweights.shape)
 
     def weights(self, at: dict[str, AtTile], product: jax.Array, low: Any) -> jax.Array:
         """`low` is where lse is."""
-        logits = at["logit"](0, product) if "logit" in at else product
-        logits = logits * (self.scale * LOG2E)
-        weights = jnp.exp2(
-            logits if self.folds[0] else logits + _columns(low, product.shape)
-        )
+        if self.logit.added:
+            weights = jnp.exp2(product * (self.scale * LOG2E))
+        else:
+            logits = at["logit"](0, product)
+            weights = jnp.exp2(logits + _columns(low, product.shape))
         if "visible" in at:
             weights = jnp.where(at["visible"](), weights, 0.0)
         if not self.ragged:
             return weights
         return jnp.where(_columns(low, product.shape) > -jnp.inf, weights, 0.0)
 
-    def dropped(self, at: dict[str, AtTile], x: jax.Array) -> jax.Array:
-        """Dropout of weights, and of their gradients."""
-        if "keep" not in at:
-            return x
-        return jnp.where(at["keep"](), x * (1 / (1 - self.rate)), 0.0)
+    def sloped(self, at: dict[str, AtTile], weights: jax.Array) -> jax.Array:
+        """Weights, as the gradient of the product needs them."""
+        if not self.logit.sloped:
+            return weights
+        out = weights * at["logit"](1)
+        # What is not seen may be NaN, of which 0 times is NaN.
+        hidden = "visible" in at or self.ragged
+        return jnp.where(weights == 0, 0.0, out) if hidden else out
+
+    def kept(self, at: dict[str, AtTile]) -> tuple[jax.Array, ...]:
+        """Which pairs dropout keeps; computed while the matrix units compute products."""
+        return packed(at["keep"]()) if "keep" in at else ()
 
     def ds(
         self,
@@ -207,18 +231,24 @@ class Work:
         weights: jax.Array,
         dweights: jax.Array,
         delta: Any,
+        kept: tuple[jax.Array, ...],
     ) -> jax.Array:
-        """The gradient of the product. `delta` is where that is."""
-        dweights = self.dropped(at, dweights)
-        ds = weights * (
-            dweights if self.folds[1] else dweights + _columns(delta, product.shape)
-        )
-        if "logit" in at:
+        """The gradient of the product, but for `scale`, from weights that are `sloped`.
+        `delta` is where that is."""
+        if kept:
+            # All have delta already.
+            dweights = where(kept, dweights, _columns(delta, dweights.shape))
+        ds = weights * dweights
+        if self.logit.pulled:
             ds = at["logit"](1, product, ds)
         if "visible" in at or self.ragged:
-            # What is not seen may be NaN, of which 0 times is NaN.
             ds = jnp.where(weights == 0, 0.0, ds)
         return ds
+
+
+def dropped(weights: jax.Array, kept: tuple[jax.Array, ...]) -> jax.Array:
+    """Weights after dropout."""
+    return where(kept, weights, jnp.zeros_like(weights)) if kept else weights
 
 
 def _columns(ref: Any, shape: Any) -> jax.Array:

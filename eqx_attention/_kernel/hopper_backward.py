@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .._mechanism.base import Request
-from .backward import Blocks, clean, WARPGROUPS, Work
+from .backward import Blocks, clean, dropped, WARPGROUPS, Work
 from .backward_row import Added, Row
 from .hopper import fence, launch, opaque, smem, sync, THREADS
 from .terms import Place
@@ -85,11 +85,12 @@ def backward(
                     me = opaque(wg)
                     own = pl.ds(me * blocks.key, blocks.key)
                     q_chunk, chunk = part_of(me)
+                    kept_ = work.kept(at) if work.early else ()
                     low, delta = lse_smem.at[slot], delta_smem.at[dout_slot]
 
                     def of_product(s_acc, dweights_acc):
                         ready = q_ready.at[slot], dout_ready.at[dout_slot]
-                        work.begin((low, delta), ready, (s_acc, dweights_acc))
+                        work.begin(at, (low, delta), ready, (s_acc, dweights_acc))
                         for c in range(chunks):
                             part = pl.ds(c * _CHUNK, _CHUNK)
                             q_part = q_smem.at[slot, 0, :, part]
@@ -97,12 +98,14 @@ def backward(
                         plgpu.wgmma(
                             dweights_acc, v_smem.at[0, own], dout_smem.at[dout_slot, 0].T
                         )
+                        kept = kept_ if work.early else work.kept(at)
                         product = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
                         weights = work.weights(at, product, low)
-                        dropped = work.dropped(at, weights).astype(dtype)
-                        plgpu.wgmma(dv_acc, dropped, dout_smem.at[dout_slot, 0])
+                        used = dropped(weights, kept).astype(dtype)
+                        weights = work.sloped(at, weights)
+                        plgpu.wgmma(dv_acc, used, dout_smem.at[dout_slot, 0])
                         dweights = plgpu.wgmma_accumulator_load(dweights_acc, wait_n=1)
-                        ds = work.ds(at, product, weights, dweights, delta)
+                        ds = work.ds(at, product, weights, dweights, delta, kept)
                         return ds.astype(dtype)
 
                     tile = plgpu.WGMMAAccumulatorRef(shape, jnp.float32)

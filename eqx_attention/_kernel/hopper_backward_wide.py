@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .._axes import largest_divisor
 from .._mechanism.base import Request
-from .backward import Blocks, clean, WARPGROUPS, Work
+from .backward import Blocks, clean, dropped, WARPGROUPS, Work
 from .backward_row import Added, Row
 from .hopper import fence, launch, opaque, smem, sync, THREADS
 from .terms import Place
@@ -83,18 +83,20 @@ def backward(
 
                     def of_product(s_acc, dweights_acc):
                         ready = q_ready.at[slot], dout_ready.at[dout_slot]
-                        work.begin((low, delta), ready, (s_acc, dweights_acc))
+                        work.begin(at, (low, delta), ready, (s_acc, dweights_acc))
                         for c in range(2):
                             plgpu.wgmma(s_acc, k_smem.at[c], q_smem.at[slot, c, mine].T)
                         for c in range(2):
                             dout_part = dout_smem.at[dout_slot, c, mine]
                             plgpu.wgmma(dweights_acc, v_smem.at[c], dout_part.T)
+                        kept = work.kept(at)
                         product = plgpu.wgmma_accumulator_load(s_acc, wait_n=2)
                         weights = work.weights(at, product, low)
-                        dropped = work.dropped(at, weights).astype(dtype)
-                        weights_smem[buffer, :, mine] = dropped
+                        used = dropped(weights, kept).astype(dtype)
+                        weights = work.sloped(at, weights)
+                        weights_smem[buffer, :, mine] = used
                         dweights = plgpu.wgmma_accumulator_load(dweights_acc, wait_n=0)
-                        ds = work.ds(at, product, weights, dweights, delta)
+                        ds = work.ds(at, product, weights, dweights, delta, kept)
                         ds_smem[buffer, :, mine] = ds.astype(dtype)
 
                     tile = plgpu.WGMMAAccumulatorRef(shape, jnp.float32)

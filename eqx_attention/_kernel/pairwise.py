@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.core import Literal
 from jaxtyping import Array
 
+from .factors import is_constant, simplified
 from .hopper import LAYOUTS
 from .lookup import Lookup, NotElementwise
 
@@ -71,11 +72,22 @@ class Graph:
             self._node(None, {"argument": n}, (), a, not k, x.dtype)
             for n, (x, a, k) in enumerate(zip(arguments, axes, known, strict=True))
         ]
-        self.outputs = self._run(closed.jaxpr, closed.consts, roots)
         self.inputs: list[Node] = []
-        seen: set[int] = set()
+        self.give(self._run(closed.jaxpr, closed.consts, roots))
+
+    def give(self, outputs: Sequence[Any]) -> None:
+        """Makes these values the outputs."""
+        self.outputs, self.inputs, seen = list(outputs), [], set()
         for out in self.outputs:
             self._collect(out, seen)
+
+    def make(self, primitive: Any, inputs: Sequence[Any]) -> Node:
+        """One more value, in float32."""
+        if primitive is lax.select_n_p:
+            inputs = [x.reshape(1, 1, 1) if is_constant(x) else x for x in inputs]
+        axes, _, inside = _belongs([x for x in inputs if isinstance(x, Node)])
+        dtype = jnp.dtype(jnp.float32)
+        return self._node(primitive, {}, tuple(inputs), axes, inside, dtype)
 
     def _node(self, primitive, params, inputs, axes, inside, dtype, table=False) -> Node:
         self.count += 1
@@ -103,12 +115,9 @@ class Graph:
 
     def _apply(self, eqn, name: str, inputs) -> Any:
         nodes = [x for x in inputs if isinstance(x, Node)]
-        axes = frozenset().union(*(x.axes for x in nodes))
-        joins = PAIR in axes or {QUERY, KEY} <= axes
-        # Scalars of a head come from outside; a side's own words stay in the kernel while
-        # they are made of nothing but what it knows by itself.
-        sided = [x for x in nodes if x.axes & {QUERY, KEY, PAIR}]
-        inside = joins or (bool(sided) and all(x.inside for x in sided))
+        if not nodes and name in _SHAPE and eqn.outvars[0].aval.size == 1:
+            return inputs[0].reshape(eqn.outvars[0].aval.shape)
+        axes, joins, inside = _belongs(nodes)
         simple = name in _ELEMENTWISE or name in _SHAPE
         dtype: Any = getattr(eqn.outvars[0].aval, "dtype", None)
         if joins and name == "gather":
@@ -125,6 +134,10 @@ class Graph:
         dtypes = {x.dtype for x in nodes} - {jnp.dtype(bool)}
         if inside and name not in _ANY_WIDTH and any(d.itemsize == 1 for d in dtypes):
             raise NotElementwise(f"{name} of 8-bit numbers of pairs")
+        if inside and all(x.dtype == jnp.float32 for x in inputs):
+            found = simplified(self, name, inputs)
+            if found is not None:
+                return found
         return self._node(eqn.primitive, eqn.params, inputs, axes, inside, dtype)
 
     def _lookup(self, eqn, table: Any, index: Node, axes: frozenset[str]) -> Node:
@@ -184,6 +197,17 @@ class Graph:
         column, and of a tile."""
         memo = {x.number: v for x, v in zip(self.inputs, values, strict=True)}
         return Evaluation(self, memo, arguments, Frame(shape, layouts))
+
+
+def _belongs(nodes: Sequence[Node]) -> tuple[frozenset[str], bool, bool]:
+    """Of what is computed from these: its axes, whether it joins both sides, and whether
+    it is computed in the kernel."""
+    axes = frozenset().union(*(x.axes for x in nodes))
+    joins = PAIR in axes or {QUERY, KEY} <= axes
+    # Scalars of a head come from outside; a side's own words stay in the kernel while
+    # they are made of nothing but what it knows by itself.
+    sided = [x for x in nodes if x.axes & {QUERY, KEY, PAIR}]
+    return axes, joins, joins or (bool(sided) and all(x.inside for x in sided))
 
 
 class Frame(NamedTuple):
@@ -283,6 +307,8 @@ def _elementwise(node: Node, operands: list[Value], frame: Frame) -> Value:
         return Value(axis, xs[0].astype(node.params["new_dtype"]))
     if name == "integer_pow":
         return Value(axis, _power(xs[0], node.params["y"]))
+    if name == "one_minus_square":
+        return Value(axis, 1 - xs[0] * xs[0])
     if name == "add_any":
         return Value(axis, xs[0] + xs[1])
     if name == "log1p":

@@ -1,5 +1,6 @@
 """Masks, scores and dropout of a request, as what a kernel loads and what it computes."""
 
+import functools as ft
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -247,17 +248,17 @@ def visible_fn(request: Request, block_k: int):
     return visible
 
 
-def logit_fn(pairs: Pairs, tile: Tile, key, product, cotangent):
+def logit_fn(pairs: Pairs, tile: Tile, key, product, *_):
+    """The logit of a dot product."""
+    out = product * unwrap(pairs.scale)
+    for score in pairs.score:
+        out = score(out, tile)
+    return out
+
+
+def pulled_logit_fn(pairs: Pairs, tile: Tile, key, product, cotangent):
     """The logit of a dot product, and from its cotangent that of the product."""
-
-    def logit(product):
-        scale = pairs.scale
-        out = product * unwrap(scale)
-        for score in pairs.score:
-            out = score(out, tile)
-        return out
-
-    out, pull = jax.vjp(logit, product)
+    out, pull = jax.vjp(ft.partial(logit_fn, pairs, tile, key), product)
     return out, *pull(cotangent)
 
 
@@ -304,15 +305,22 @@ def terms_of(
     fns: dict[str, Any],
     by_key: bool = False,
 ) -> Terms:
-    """**Raises:** `NotElementwise` if one of them does more than a kernel can."""
-    terms = {name: Term(request, fn, block_q, block_k) for name, fn in fns.items() if fn}
+    """`fns` may be terms already.
+
+    **Raises:** `NotElementwise` if one of them does more than a kernel can.
+    """
+    terms = {
+        name: fn if isinstance(fn, Term) else Term(request, fn, block_q, block_k)
+        for name, fn in fns.items()
+        if fn
+    }
     return Terms(terms, {name: term.inputs(by_key) for name, term in terms.items()})
 
 
 def not_elementwise(request: Request) -> list[str]:
     """Why the mask or the scores of a request cannot be computed in a kernel, if so."""
     reasons = []
-    fns = {"mask": visible_fn(request, 1), "score": logit_fn}
+    fns = {"mask": visible_fn(request, 1), "score": pulled_logit_fn}
     for name, fn in fns.items():
         try:
             Term(request, fn, 1, 1)
