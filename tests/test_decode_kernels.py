@@ -54,8 +54,8 @@ def _lowers(decoding, name):
         return
     lowered = jax.jit(attend).trace(query, stored)
     text = lowered.lower(lowering_platforms=("cuda",)).as_text()
-    kernel = "decode_8bit" if "8" in name.split(":")[0] else "forward"
-    assert "mosaic_gpu" in text and f"eqx_attention_{kernel}" in text
+    bits = 8 if "8" in name.split(":")[0] else 16
+    assert "mosaic_gpu" in text and f"eqx_attention_decode_{bits}bit" in text
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,24 @@ def unfit(name: str, x: Any, tokens: int = 64, channels: int = 64) -> tuple[str,
     return tuple(reasons)
 
 
+def pages_of(x: Any) -> tuple[Any, list[jax.Array]]:
+    """As `stored`, but the table as it is: see `start_of_keys`."""
+    if not isinstance(x, Paged):
+        return whole_rows(x), []
+    return x.pool, [x.table.astype(jnp.int32)]
+
+
+def start_of_keys(ref: Any, pages: Sequence[Any], b: Any, first: Any) -> tuple:
+    """In the kernel: where the tokens of a batch element are, from `first` on: the batch
+    element or the page, and the first token there."""
+    if not pages:
+        return b, first
+    count, page_size = ref.shape[:2]
+    page = pages[0][b, lax.div(first, page_size)]
+    # Numbers that are no page's are of tokens that nothing sees.
+    return jnp.clip(page, 0, count - 1), lax.rem(first, page_size)
+
+
 def place_of_keys(ref: Any, pages: Sequence[Any], b: Any, first: Any, size: int) -> tuple:
     """In the kernel: where `size` tokens of a batch element are, from `first` on."""
     if not pages:
