@@ -6,12 +6,15 @@ What they compute is checked on a GPU by benchmarks/gpu_check.py, whose cases th
 
 import importlib
 import pathlib
+import re
 
 import eqx_attention as eqa
 import jax
 import jax.numpy as jnp
 import pytest
 from eqx_attention import _call, _device
+from eqx_attention._kernel.row_tiles import Counted, Listed, row_tiles
+from eqx_attention._kernel.tables import table
 from eqx_attention._keys import quantize
 from eqx_attention._mechanism import flash
 
@@ -69,6 +72,75 @@ def test_decoding_lowers(name, decoding, hopper):
 def test_all_decoding_lowers(decoding, hopper):
     for name in decoding.ALL:
         _lowers(decoding, name)
+
+
+def _needed(text):
+    """Of the lowered module of one function, the lines on which its result depends, but for
+    those that move nothing."""
+    body = text.split("func.func private @run", 1)[1].split("func.func", 1)[0]
+    names = re.compile(r"%\w+")
+    made, (_, last) = {}, body.rsplit("return", 1)
+    for line in body.splitlines():
+        if found := re.match(r"\s*(%\w+)(?::\d+)? = (.*)", line):
+            made[found[1]] = found[2]
+    todo, seen = names.findall(last), {}
+    while todo:
+        name = todo.pop()
+        if name in made and name not in seen:
+            seen[name] = made[name]
+            todo += names.findall(made[name].split("backend_config")[0])
+    still = ("reshape", "constant", "broadcast_in_dim", "call @_pad")
+    return [x for x in seen.values() if not x.removeprefix("stablehlo.").startswith(still)]
+
+
+@pytest.mark.parametrize("kind", ("static", "paged", "int8"))
+def test_nothing_runs_but_the_kernel(kind, hopper):
+    """In a step: one sequence that several multiprocessors share, and several."""
+    if not NEW:
+        request = on_hopper(make_request(*3 * [_tokens()]))
+        assert "it needs jax 0.11" in eqa.Decode().explain(request)
+        return
+    for batch in (1, 3):
+        cache = _cache(kind, batch)
+        query = jnp.ones((batch, 1, 4, 64), jnp.bfloat16)
+
+        def attend(query, cache):
+            return cache.attend(query, mask=eqa.Causal(), mechanism="decode")
+
+        lowered = jax.jit(attend).trace(query, cache)
+        text = lowered.lower(lowering_platforms=("cuda",)).as_text()
+        (only,) = _needed(re.sub(r'(module|backend_config) = "[^"]*"', "", text))
+        assert "custom_call @mosaic_gpu" in only
+        assert "callback" not in text
+
+
+def _cache(kind, batch):
+    if kind == "paged":
+        empty = eqa.PagedCache.init(
+            512, 2, 64, page_size=64, batch=(batch,), dtype=jnp.bfloat16
+        )
+    else:
+        empty = eqa.StaticCache.init(512, 2, 64, batch=(batch,), dtype=jnp.bfloat16)
+    return eqa.QuantizedCache(empty) if kind == "int8" else empty
+
+
+@pytest.mark.parametrize("kv_len, block", ((256, 64), (200, 64)))
+def test_tiles_that_are_counted(kv_len, block):
+    """They are those of the lists."""
+    lengths = jnp.array([0, 1, 63, 64, 65, kv_len - 1, kv_len, kv_len + 9])
+    mask = eqa.Padding(lengths)
+    query = jnp.ones((len(lengths), 1, 2, 8))
+    keys = jnp.ones((len(lengths), kv_len, 2, 8))
+    request = make_request(query, keys, keys, mask=mask)
+    counted, listed = row_tiles(request, 8, block), table(request, 8, block)
+    assert isinstance(counted, Counted)
+    for b in range(len(lengths)):
+        whole, some = counted.counts(counted.arrays, (b, 0, 0))
+        assert (whole, some) == (listed.full[b, 0, 0], listed.some[b, 0, 0])
+        first = [counted.first_key(counted.arrays, (b, 0, 0), n) for n in range(some)]
+        assert first == (listed.columns[b, 0, 0, :some] * block).tolist()
+    window = make_request(query, keys, keys, mask=mask & eqa.SlidingWindow(9))
+    assert isinstance(row_tiles(window, 8, block), Listed)
 
 
 def _tokens(channels=64, tokens=128):
