@@ -11,12 +11,14 @@ import re
 import eqx_attention as eqa
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from eqx_attention import _call, _device
+from eqx_attention._axes import Block, over_batch
 from eqx_attention._kernel.row_tiles import Counted, Listed, row_tiles
-from eqx_attention._kernel.tables import table
 from eqx_attention._keys import quantize
 from eqx_attention._mechanism import flash
+from eqx_attention._tokens import tile
 
 from .kernel_cases import make_request, on_hopper
 
@@ -124,23 +126,51 @@ def _cache(kind, batch):
     return eqa.QuantizedCache(empty) if kind == "int8" else empty
 
 
-@pytest.mark.parametrize("kv_len, block", ((256, 64), (200, 64)))
-def test_tiles_that_are_counted(kv_len, block):
-    """They are those of the lists."""
-    lengths = jnp.array([0, 1, 63, 64, 65, kv_len - 1, kv_len, kv_len + 9])
-    mask = eqa.Padding(lengths)
-    query = jnp.ones((len(lengths), 1, 2, 8))
-    keys = jnp.ones((len(lengths), kv_len, 2, 8))
-    request = make_request(query, keys, keys, mask=mask)
-    counted, listed = row_tiles(request, 8, block), table(request, 8, block)
-    assert isinstance(counted, Counted)
-    for b in range(len(lengths)):
-        whole, some = counted.counts(counted.arrays, (b, 0, 0))
-        assert (whole, some) == (listed.full[b, 0, 0], listed.some[b, 0, 0])
-        first = [counted.first_key(counted.arrays, (b, 0, 0), n) for n in range(some)]
-        assert first == (listed.columns[b, 0, 0, :some] * block).tolist()
-    window = make_request(query, keys, keys, mask=mask & eqa.SlidingWindow(9))
-    assert isinstance(row_tiles(window, 8, block), Listed)
+def _visible(request):
+    """(batch, query, key)"""
+    (q_len, kv_len), pairs = request.lengths, request.pairs
+    whole = Block((0, 0, 0, 0), (len(request.query), 1, q_len, kv_len))
+    tokens = tile(pairs.q, pairs.kv, pairs.head, whole)
+    out = over_batch(lambda tree: tree[0].visible(tree[1]), (pairs.mask, tokens))
+    return jnp.broadcast_to(out[:, 0], (out.shape[0], q_len, kv_len))
+
+
+@pytest.mark.parametrize("kv_len", (256, 200))
+def test_tiles_that_are_counted(kv_len):
+    """All that is visible is in them, also where little or nothing is, and of those that
+    are said to be FULL, all is."""
+    lengths = jnp.array([0, 1, 64, 65, kv_len - 1, kv_len, kv_len + 9])
+    size, some = len(lengths), eqa.Padding(lengths)
+    last = lengths[:, None] - 3 + jnp.arange(3)[None]
+    far = jnp.array([[5, 150, 7]] * size)
+    query, keys = jnp.ones((size, 3, 4, 8)), jnp.ones((size, kv_len, 2, 8))
+    for mask, positions in (
+        (some, last),
+        (eqa.Full(), last),
+        (some & eqa.Causal(), last),
+        (eqa.Causal(-70) & some & eqa.SlidingWindow(90), far),
+        (eqa.SlidingWindow(140, 3), last),
+        (eqa.SlidingWindow(None, 64) & some, far),
+        (eqa.SlidingWindow(130, None), "end"),
+    ):
+        request = make_request(query, keys, keys, mask=mask, q_positions=positions)
+        tiles = row_tiles(request, 2, 64)
+        assert isinstance(tiles, Counted)
+        seen = np.asarray(_visible(request))
+        arrays = [np.asarray(x) for x in tiles.arrays]
+        for b, row in ((b, row) for b in range(size) for row in range(2)):
+            own = seen[b if len(seen) > 1 else 0, 2 * row : 2 * row + 2]
+            parts = [own[:, n : n + 64] for n in range(0, kv_len, 64)]
+            at = (b, 0, row)
+            whole, count = tiles.counts(arrays, at)
+            first = [int(tiles.first_key(arrays, at, n)) // 64 for n in range(count)]
+            full = [x.all() and x.shape[1] == 64 for x in parts]
+            assert sorted(first[:whole]) == [n for n, x in enumerate(full) if x]
+            assert len(set(first)) == len(first)
+            assert set(first) >= {n for n, x in enumerate(parts) if x.any()}
+    keys_of = eqa.Keys(jnp.ones((size, kv_len), bool))
+    request = make_request(query, keys, keys, mask=some & keys_of)
+    assert isinstance(row_tiles(request, 2, 64), Listed)
 
 
 def _tokens(channels=64, tokens=128):

@@ -15,9 +15,9 @@ from .vanilla import Vanilla, weights_bytes
 # Up to this many bytes of weights, one tile is as fast as many: benchmarks/cpu.py.
 _SMALL = 2**21
 # With at most so many queries, and more than so many bytes of keys and values in the dtype
-# of accumulation, splitting the keys was faster than either. With so few queries, its kernel
-# for Hopper reads keys nearly as fast as memory gives them, and so does cuDNN's, which has
-# more to do besides: benchmarks/decode.py.
+# of accumulation, splitting the keys was faster than either. With so few queries, what does
+# so on Hopper reads keys nearly as fast as memory gives them. So does cuDNN, which has more
+# to do besides: benchmarks/decode.py.
 _FEW = 8
 _MANY = 2**24
 # Those that a table of this machine may speak of.
