@@ -48,10 +48,8 @@ class HeadRows(NamedTuple):
 
     def place(self, part: Any, row: Any, head: Any) -> Any:
         """In such arrays: where a row of a key head is."""
-        query, member = (
-            arith.divui(row, i32(self.groups)),
-            arith.remui(row, i32(self.groups)),
-        )
+        query = arith.divui(row, i32(self.groups))
+        member = arith.remui(row, i32(self.groups))
         at = arith.addi(arith.muli(part, i32(self.q_len)), query)
         own = arith.addi(arith.muli(head, i32(self.groups)), member)
         return arith.addi(arith.muli(at, i32(self.heads)), own)
@@ -73,8 +71,8 @@ def i32(x: int) -> Any:
 def pointer(ref: Any, place: Any, size: int) -> Any:
     """In global memory: what is at a place, of things of so many bytes."""
     start = llvm.ptrtoint(integer(64), utils.memref_ptr(ref))
-    size = arith.constant(integer(64), size)
-    return arith.addi(start, arith.muli(arith.extui(integer(64), place), size))
+    width = arith.constant(integer(64), size)
+    return arith.addi(start, arith.muli(arith.extui(integer(64), place), width))
 
 
 def _flag(x: Any) -> Any:
@@ -106,7 +104,7 @@ def several_of(
     struct = llvm.StructType.get_literal([kind] * count)
     letter = "=&f" if kind == ir.F32Type.get() else "=&r"
     constraints = ",".join([*[letter] * count, inputs])
-    out = llvm.inline_asm(struct, operands, code, constraints, has_side_effects=True)
+    out: Any = llvm.inline_asm(struct, operands, code, constraints, has_side_effects=True)
     return [llvm.extractvalue(kind, out, [n]) for n in range(count)]
 
 

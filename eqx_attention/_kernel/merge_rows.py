@@ -99,7 +99,7 @@ def merge_rows(
                 """The log-sum-exp and four numbers of a part."""
                 source = arith.addi(part, arith.muli(n, step))
                 place = rows.place(source, row, head)
-                lse = llvm.inline_asm(
+                lse: Any = llvm.inline_asm(
                     f32,
                     [pointer(lses, place, 4)],
                     "ld.global.cg.f32 $0, [$1];",
