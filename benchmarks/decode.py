@@ -4,7 +4,8 @@ One query token attends to a full cache, of each kind, with each mechanism that 
 counted are the bytes of the cache (keys, values, and scales) a second, against those that
 the device reads when it does nothing else: a sum over a large array, in the same run. Each
 result is first compared with float32. Times are medians, taken in turn; a line of the JSON
-is written after each.
+is written after each. `--step` adds whole steps of a model, and how much of them is spent
+in kernels that attend.
 
 On a CPU, or with `--quick`, shapes are small.
 """
@@ -24,11 +25,13 @@ import jax.numpy as jnp
 import jax.random as jr
 from eqx_attention._benchmark.files import write_json
 from gpu.clock import in_turn, seconds
+from gpu.step import step
 
 
 HEADS, KV_HEADS, DIM, PAGE, ROUNDS = 32, 8, 128, 64, 5
 SHAPES = ((16, 32768), (1, 131072), (64, 4096))
 SMALL = ((2, 2048), (1, 4096))
+STEPS, SMALL_STEPS = ((16, 32768), (1, 32768)), ((2, 512),)
 KINDS = ("static", "rolling", "paged", "int8", "fp8", "int8 paged")
 MECHANISMS = ("auto", "cudnn", "flash", "decode", "blockwise", "vanilla")
 # The largest difference, relative to the largest number of the result.
@@ -151,6 +154,8 @@ def main() -> None:
     more = "a regular expression of cache and variant, such as '^(static|paged) plain$'"
     parser.add_argument("--only", default="", help=more)
     parser.add_argument("--mechanisms", nargs="+", choices=MECHANISMS, default=MECHANISMS)
+    more = "steps of a model too (alone, with --only none)"
+    parser.add_argument("--step", action="store_true", help=more)
     args = parser.parse_args()
     device = jax.devices()[0]
     small = args.quick or device.platform == "cpu"
@@ -166,6 +171,15 @@ def main() -> None:
         "rows": [],
     }
     print(f"{device.device_kind}: reads {limit / 1e9:.0f} GB/s", flush=True)
+    if args.step:
+        report["steps"] = []
+        heads = (4, 2, 16) if small else (HEADS, KV_HEADS, DIM)
+        for batch, length in SMALL_STEPS if small else STEPS:
+            row = step(batch, length, heads, dtype)
+            report["steps"].append(row)
+            write_json(args.out, report)
+            text = f"step of ({batch}, {length}): {row['step_us']:.0f} us, of which"
+            print(f"{text} kernels that attend {row['of_step']:.1%}", flush=True)
     for batch, length in SMALL if small else SHAPES:
         for title, variant in VARIANTS.items():
             for kind in KINDS:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
@@ -15,6 +14,7 @@ from jaxlib.mlir.dialects import arith, llvm
 
 from .._keys import Paged, Quantized
 from .hopper import THREADS, whole_rows
+from .pages import start_of_keys
 
 
 # Channels of which there must be a multiple, and tokens of a tile of keys.
@@ -34,8 +34,7 @@ class Narrow(NamedTuple):
         if not isinstance(x, Paged):
             return Narrow(whole_rows(x.values), x.scale, [])
         pool: Any = x.pool
-        table = jnp.clip(x.table.astype(jnp.int32), 0, pool.shape[0] - 1)
-        return Narrow(pool.values, pool.scale, [table])
+        return Narrow(pool.values, pool.scale, [x.table.astype(jnp.int32)])
 
 
 def in_8_bits(x: Any) -> bool:
@@ -192,7 +191,5 @@ def await_scales(later: int) -> None:
 
 def place_of_scales(ref: Any, pages: Sequence[Any], b: Any, first: Any) -> tuple[Any, Any]:
     """In the kernel: the scales of a batch element or of a page, and where the token is."""
-    if not pages:
-        return ref.at[b], first
-    page_size = ref.shape[1]
-    return ref.at[pages[0][b, lax.div(first, page_size)]], lax.rem(first, page_size)
+    where, start = start_of_keys(ref, pages, b, first)
+    return ref.at[where], start

@@ -19,6 +19,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from .eight_bits import address, i32, number, TOKENS, warp_and_lane
+from .head_rows import HeadRows, less, pointer, store_if
 
 
 # Of 8 rows and 32 columns: a warp has 8 columns, a thread 2 of one row.
@@ -156,18 +157,12 @@ def _own(ref: Any, transposed: bool) -> _Matrices:
     return _Matrices(ref, (warp, arith.addi(warp, number(4))), transposed)
 
 
-def in_order(q: jax.Array) -> jax.Array:
-    """Queries `(..., channels)`, their channels in the order in which a word of four
-    channels of a key becomes two of two."""
-    parts = q.reshape(*q.shape[:-1], q.shape[-1] // 16, 4, 2, 2)
-    return parts.swapaxes(-3, -2).reshape(q.shape)
-
-
 def products(
     q: Any, q_transforms: tuple, rows: int, k: Any, k_transforms: tuple
 ) -> jax.Array:
-    """Of 16 queries `in_order`, of which the first so many rows count, and keys `(tokens,
-    channels)`, both in shared memory."""
+    """Of 16 queries, of which the first so many rows count, and keys `(tokens, channels)`,
+    both in shared memory. The queries' channels are in the order in which a word of four
+    channels of a key becomes two of two: see `fetch_rows`."""
     channels, dtype = k.shape[1], k.dtype
     types = plgpu.RefType(q_transforms), plgpu.RefType(k_transforms)
 
@@ -317,16 +312,22 @@ def whole_sum(rows: jax.Array) -> jax.Array:
 
 
 def write(
-    out_ref: Any, lse_ref: Any, out: jax.Array, lse: jax.Array, factor: jax.Array, at: Any
+    out_ref: Any,
+    lse_ref: Any,
+    out: jax.Array,
+    lse: jax.Array,
+    factor: jax.Array,
+    at: tuple,
+    rows: HeadRows,
 ) -> None:
     """`out * factor` and `lse` of each warp.
 
     **Arguments:**
 
-    - `out_ref`: in global memory, `(parts, rows, heads, channels)`; `lse_ref`: `(parts,
-        heads, rows)`.
+    - `out_ref`: in global memory, `(parts, q_len, q_heads, channels)`; `lse_ref`: the same
+        without `channels`.
     - `at`: the first warp's part, how many parts later the next warp's is, the first row,
-        and the head.
+        and the key head.
     """
 
     @plgpu.inline_mgpu(
@@ -339,50 +340,27 @@ def write(
     )
     def store(_, out_ref, lse_ref, out, lse, factor, *at):
         part, step, first, head = (x.registers[()] for x in at)
-        i64, void = ir.IntegerType.get_signless(64), ir.Type.parse("!llvm.void")
-        _, q_len, heads, channels = ir.MemRefType(out_ref.type).shape
+        channels = ir.MemRefType(out_ref.type).shape[-1]
         warp, lane = warp_and_lane()
         own, four = _row_and_place(lane)
         part = arith.addi(part, arith.muli(warp, step))
         registers = out.registers.reshape(2, -1)
-
-        def pointer(ref, *places):
-            """Of places in axes of these sizes."""
-            at = number(0, i64)
-            for place, size in places:
-                wide = arith.extui(i64, place)
-                at = arith.addi(arith.muli(at, number(size, i64)), wide)
-            start = llvm.ptrtoint(i64, utils.memref_ptr(ref))
-            return arith.addi(start, arith.muli(at, number(4, i64)))
-
         for group, (inverse, one) in enumerate(
             zip(factor.registers.flat, lse.registers.flat, strict=True)
         ):
             row = arith.addi(first, arith.addi(own, number(8 * group)))
-            there = arith.cmpi(arith.CmpIPredicate.ult, row, number(q_len))
-            start = arith.muli(four, number(4))
-            to = pointer(out_ref, (part, 1), (row, q_len), (head, heads), (start, channels))
+            there, place = less(row, number(rows.count)), rows.place(part, row, head)
+            to = arith.addi(arith.muli(place, number(channels // 4)), four)
+            to = pointer(out_ref, to, 16)
             for n in range(channels // 16):
                 both = registers[group, 2 * n], registers[group, 2 * n + 1]
                 four_of = [_element(x, e) for e in range(2) for x in both]
                 values = [arith.mulf(x, _element(inverse, 0)) for x in four_of]
-                code = (
-                    "{ .reg .pred there; setp.ne.s32 there, $5, 0; "
-                    f"@there st.global.v4.f32 [$4 + {64 * n}], {{$0, $1, $2, $3}}; }}"
-                )
-                flag = arith.extui(i32(), there)
-                llvm.inline_asm(
-                    void, [*values, to, flag], code, "f,f,f,f,l,r", has_side_effects=True
-                )
+                here = arith.addi(to, number(64 * n, ir.IntegerType.get_signless(64)))
+                store_if(here, there, values, "f32")
             first_of = arith.cmpi(arith.CmpIPredicate.eq, four, number(0))
-            flag = arith.extui(i32(), arith.andi(there, first_of))
-            to = pointer(lse_ref, (part, 1), (head, heads), (row, q_len))
-            code = (
-                "{ .reg .pred there; setp.ne.s32 there, $2, 0; "
-                "@there st.global.f32 [$1], $0; }"
-            )
-            operands = [_element(one, 0), to, flag]
-            llvm.inline_asm(void, operands, code, "f,l,r", has_side_effects=True)
+            there = arith.andi(there, first_of)
+            store_if(pointer(lse_ref, place, 4), there, [_element(one, 0)], "f32")
 
     numbers = (jnp.asarray(x, jnp.int32) for x in at)
     store(out_ref, lse_ref, out, lse, factor, *numbers)

@@ -7,11 +7,10 @@ from jaxtyping import Array
 from .._axes import ceil_div
 from .._device import num_multiprocessors
 from .._mechanism.base import Request
-from .._mechanism.packed import packed, unpacked
-from .._partial import merge_stacked
 from .eight_bits import in_8_bits
-from .hopper_decode_8bit import Blocks8, blocks_for, forward_8bit
-from .hopper_forward import Blocks, forward
+from .head_rows import HeadRows
+from .hopper_decode_8bit import Blocks8, blocks_for as blocks_for_8, forward_8bit
+from .hopper_decode_16bit import Blocks16, blocks_for as blocks_for_16, forward_16bit
 
 
 # A split has at least so many tiles of keys for each warpgroup that has tiles of its own,
@@ -21,34 +20,26 @@ _TILES, _BUSY = 4, 0.95
 
 def decode(request: Request, num_splits: int | None) -> tuple[Array, Array]:
     """`(out, lse)`, as of a mechanism; of heads that are padded already."""
-    rows, batch = packed(request), request.query.shape[0]
-    blocks = blocks_of(rows)
+    blocks = blocks_of(request)
     tiles = ceil_div(request.lengths[1], blocks.key)
-    splits = min(num_splits, tiles) if num_splits else splits_of(rows, blocks)
+    splits = min(num_splits, tiles) if num_splits else splits_of(request, blocks)
     if isinstance(blocks, Blocks8):
-        out, lse = forward_8bit(rows, blocks, splits)
-    else:
-        out, lse = forward(rows, blocks, splits)
-    out, lse = (x.reshape(-1, batch, *x.shape[1:]) for x in (out, lse))
-    return unpacked(request, *merge_stacked(out, lse))
+        return forward_8bit(request, blocks, splits)
+    return forward_16bit(request, blocks, splits)
 
 
-def blocks_of(request: Request) -> Blocks | Blocks8:
-    """As many keys as there is room for are on their way; of 16 bits, to one warpgroup."""
+def blocks_of(request: Request) -> Blocks16 | Blocks8:
+    """As many keys as there is room for are on their way."""
+    head_dim, value_dim = request.query.shape[-1], request.value.shape[-1]
     if in_8_bits(request.key_):
-        _, q_len, _, head_dim = request.query.shape
-        return blocks_for(head_dim, request.value.shape[-1], q_len)
-    both = request.query.shape[-1] + request.value.shape[-1]
-    blocks = Blocks(64, 64, 2, 1)
-    free = 190 * 1024 - 4 * blocks.rows * both
-    stages = free // (2 * blocks.key * both)
-    return blocks._replace(stages=min(6, max(2, stages)))
+        return blocks_for_8(head_dim, value_dim, HeadRows.of(request).count)
+    return blocks_for_16(head_dim, value_dim)
 
 
-def splits_of(request: Request, blocks: Blocks | Blocks8) -> int:
+def splits_of(request: Request, blocks: Blocks16 | Blocks8) -> int:
     """The fewest splits with which nearly all multiprocessors are busy."""
-    batch, q_len, heads, _ = request.query.shape
-    pieces = batch * heads * ceil_div(q_len, blocks.rows)
+    batch, heads = request.key_.shape[0], request.key_.shape[2]
+    pieces = batch * heads * ceil_div(HeadRows.of(request).count, blocks.rows)
     programs = num_multiprocessors()
     most = max(1, request.lengths[1] // (_TILES * blocks.key * blocks.warpgroups))
 

@@ -2,8 +2,9 @@
 are stored, and become bfloat16 in registers.
 
 A block of threads has one warpgroup that copies, and up to three that compute. Each of
-these has tiles of its own, and each of its warps some keys of each tile: as many partials
-are there in the end as warps. See `few_rows.py`.
+these has tiles of its own, and each of its warps some keys of each tile: see `few_rows.py`.
+What the warps of a block have is merged, and then what all blocks have of a row, by the one
+that is the last of them: see `merge_rows.py`.
 """
 
 import functools as ft
@@ -12,12 +13,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.core import Tracer
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .._axes import ceil_div
 from .._mechanism.base import Request
+from .._mechanism.packed import packed
 from .eight_bits import (
     await_scales,
     fetch_scales,
@@ -29,7 +30,6 @@ from .eight_bits import (
 from .few_rows import (
     add_values,
     COLUMNS,
-    in_order,
     largest,
     LAYOUTS,
     OUT,
@@ -41,10 +41,13 @@ from .few_rows import (
     whole_sum,
     write,
 )
+from .head_rows import fetch_rows, HeadRows, pairs_of
 from .hopper import full, launch, LOG2E, smem, sync, THREADS
-from .pages import place_of_keys
-from .schedule import in_turn, place_of_split, section, tiles_of_split
-from .tables import never_masked, table
+from .merge_rows import is_last, merge_rows
+from .pages import start_of_keys, unknown_tokens
+from .row_tiles import row_tiles, schedule_of
+from .schedule import place_of_split, section, tiles_of_split
+from .tables import never_masked
 from .terms import folded_scale, keep_fn, logit_fn, may_hide, Place, terms_of, visible_fn
 
 
@@ -85,86 +88,86 @@ def blocks_for(head_dim: int, value_dim: int, q_len: int = 1) -> Blocks8:
 def forward_8bit(
     request: Request, blocks: Blocks8, splits: int
 ) -> tuple[jax.Array, jax.Array]:
-    """`(out, lse)`, both in float32, of as many partials as there are `splits` times warps
-    that compute, one after another along the batch. Keys and values are `Quantized`, or
-    pages of such.
+    """`(out, lse)`, as of a mechanism; `out` is in the result's dtype. The tiles of each
+    row are in so many splits. Keys and values are `Quantized`, or pages of such.
 
     **Raises:** `NotElementwise` if a mask or a score does more than a kernel can.
     """
     k, v = Narrow.of(request.key_), Narrow.of(request.value)
-    batch, q_len, heads, head_dim = request.query.shape
+    own, rows = HeadRows.of(request), packed(request)
+    q, result = request.query, request.result_dtype
+    batch, _, heads, head_dim = rows.query.shape
     value_dim = v.values.shape[-1]
-    rest = -q_len % OUT_ROWS
-    q = jnp.pad(in_order(request.query), ((0, 0), (0, rest), (0, 0), (0, 0)))
     dtype, (warpgroups, stages, block) = q.dtype, blocks
-    rows, shape = ceil_div(q_len, block), (block, TOKENS)
-    tiles = table(request, block, TOKENS)
-    scale = folded_scale(request.pairs)
-    may_mask = not never_masked(request, TOKENS)
-    terms = terms_of(
-        request,
-        block,
-        TOKENS,
-        {
-            "visible": visible_fn(request, TOKENS) if may_mask else None,
-            "logit": logit_fn if scale is None else None,
-            "keep": keep_fn if request.pairs.dropout is not None else None,
-        },
-    )
-    hides = may_hide(request)
+    count, shape = ceil_div(own.count, block), (block, TOKENS)
+    tiles, scale = row_tiles(rows, block, TOKENS), folded_scale(rows.pairs)
+    may_mask = not never_masked(rows, TOKENS)
+    fns = {
+        "visible": visible_fn(rows, TOKENS) if may_mask else None,
+        "logit": logit_fn if scale is None else None,
+        "keep": keep_fn if rows.pairs.dropout is not None else None,
+    }
+    terms = terms_of(rows, block, TOKENS, fns)
+    hides = may_hide(rows)
     factor = LOG2E * (1.0 if scale is None else scale)
-    place = place_of_split(batch, heads, rows, section(request), splits)
+    place = place_of_split(batch, heads, count, section(rows), splits)
     q_type = smem((OUT_ROWS, head_dim), dtype)
     k_type, v_type = (
         smem((warpgroups * stages, TOKENS, x.values.shape[-1]), x.values.dtype)
         for x in (k, v)
     )
 
-    def cost(n):
-        known = not isinstance(tiles.some, Tracer)
-        return tiles.some[tiles.at(*place(n)[:3])] + _START if known else jnp.ones_like(n)
+    schedule = schedule_of(tiles, batch * heads * count * splits, place, _START)
+    turns, pages, lists = schedule.arrays, [*k.pages, *v.pages], tiles.arrays
+    counters = [jax.new_ref(jnp.zeros((batch, heads, count), jnp.int32))]
+    counters = counters if splits > 1 else []
+    warps, threads = warpgroups * _WARPS, warpgroups * THREADS
+    types = [(batch, result), (splits * warps * batch, jnp.float32)]
+    types += [(splits * batch, jnp.float32)] if splits > 1 else []
 
-    schedule = in_turn(batch * heads * rows * splits, cost)
-    turns, pages = schedule.arrays, [*k.pages, *v.pages]
-
-    def kernel(q_ref, k_ref, v_ref, ks_ref, vs_ref, columns_ref, full_ref, some_ref, *refs):
+    def kernel(q_ref, k_ref, v_ref, ks_ref, vs_ref, *refs):
+        tile_refs, refs = refs[: len(lists)], refs[len(lists) :]
         turn_refs, refs = refs[: len(turns)], refs[len(turns) :]
         page_refs, refs = refs[: len(pages)], refs[len(pages) :]
-        *inputs, out_ref, lse_ref = refs[: terms.count + 2]
-        q_smem, k_smem, v_smem, scales, *barriers = refs[terms.count + 2 :]
-        q_ready, k_ready, v_ready, k_free, v_free = barriers
+        inputs, refs = refs[: terms.count], refs[terms.count :]
+        counter_refs, refs = refs[: len(counters)], refs[len(counters) :]
+        (final, each_warp, *each_split), refs = pairs_of(refs, len(types))
+        q_smem, k_smem, v_smem, scales, *barriers = refs
+        k_ready, v_ready, k_free, v_free = barriers
         k_pages, v_pages = page_refs[: len(k.pages)], page_refs[len(k.pages) :]
-        wg, count = lax.axis_index("warpgroup"), schedule.count(turn_refs)
+        wg, number = lax.axis_index("warpgroup"), schedule.count(turn_refs)
 
         def work(n):
-            """A piece: where it is, the row of its tables, its first tile, and how many
-            there are, FULL ones and all."""
+            """A piece: where it is, its first tile, and how many there are, FULL ones and
+            all."""
             b, h, i, split = place(schedule.piece(turn_refs, n))
-            row = tiles.at(b, h, i)
-            reach = tiles_of_split(full_ref[row], some_ref[row], split, splits)
-            return (b, h, i, split), row, *reach
+            reach = tiles.counts(tile_refs, (b, h, i))
+            return (b, h, i, split), *tiles_of_split(*reach, split, splits)
 
-        def own(wg, number):
+        def share(wg, number):
             """How many of so many tiles are a warpgroup's: it has each third one, say."""
             return lax.div(number + (warpgroups - 1) - wg, warpgroups)
 
-        def fetch_queries(n):
-            (b, h, i, _), *_ = work(n)
-            plgpu.copy_gmem_to_smem(
-                q_ref.at[b, pl.ds(i * block, OUT_ROWS), h], q_smem, q_ready
-            )
-
         def compute(n, done):
             """One piece; `done` is how many tiles this warpgroup had before it."""
-            (b, h, i, split), row, before, whole, some = work(n)
-            q_base, mine = i * block, own(wg, some)
+            (b, h, i, split), before, whole, some = work(n)
+            q_base, mine = i * block, share(wg, some)
+            sync(_DONE, threads)  # All have read the queries before.
+            at = (b, q_base, h)
+
+            @pl.when(wg == 0)
+            def _fetch():
+                fetch_rows(q_smem, q_type.transforms, q_ref, at, own, pairs=True)
+
+            sync(_DONE, threads)
             given = terms.given(inputs)
             place = Place(b, h, q_base, 0, shape, layouts=LAYOUTS)
             held = {name: term.load(place) for name, term in given.items()}
 
             def key_of(j):
                 """The first key of a tile."""
-                return columns_ref[(*row, before + wg + warpgroups * j)] * TOKENS
+                j = before + wg + warpgroups * j
+                return tiles.first_key(tile_refs, (b, h, i), j)
 
             def key_after(j):
                 return key_of(jnp.minimum(j, mine - 1))
@@ -238,94 +241,113 @@ def forward_8bit(
                 fetch(0, *scales_of(first))
                 fetch(1, *scales_of(second))
                 carry = (*empty, first, second, key_after(2))
-                unmasked = own(wg, whole)
+                unmasked = share(wg, whole)
                 carry = lax.fori_loop(0, unmasked, ft.partial(one, False), carry)
                 if may_mask:
                     carry = lax.fori_loop(unmasked, mine, ft.partial(one, True), carry)
                 await_scales(0)
                 return carry[:3]
 
-            plgpu.barrier_wait(q_ready)
             out, top, total = lax.cond(mine > 0, attend, lambda: empty)
-            sync(_DONE, warpgroups * THREADS)  # All have read the queries.
-            pl.when((wg == 0) & (n + 1 < count))(ft.partial(fetch_queries, n + 1))
             total = whole_sum(total)
+            if pages:
+                total = jnp.where(unknown_tokens(page_refs, b), jnp.nan, total)
             lse = jnp.where(total == 0, -jnp.inf, (top + jnp.log2(total)) * (1 / LOG2E))
-            kept = 1 - request.pairs.dropout.rate if request.pairs.dropout else 1.0
+            kept = 1 - rows.pairs.dropout.rate if rows.pairs.dropout else 1.0
             inverse = 1 / (jnp.where(total == 0, 1.0, total) * kept)
-            part = (split * warpgroups + wg) * (_WARPS * batch) + b
-            write(out_ref, lse_ref, out, lse, inverse, (part, batch, q_base, h))
+            # Of all warps of the block, and then of all blocks that have this row.
+            part, of_split = split * warps * batch + b, split * batch + b
+            first = (part + wg * _WARPS * batch, batch, q_base, h)
+            write(*each_warp, out, lse, inverse, first, own)
+            sync(_DONE, threads)
+            to, target = (each_split[0], of_split) if each_split else (final, b)
+            parts = (part, batch, target, q_base, h)
+            merge_rows((*each_warp, *to), parts, own, warps, block, threads)
+            if not each_split:
+                return done + mine
+            last = is_last(counter_refs[0].at[b, h, i], splits, _DONE, threads)
+
+            @pl.when(last)
+            def _merge():
+                parts = (b, batch, b, q_base, h)
+                merge_rows((*to, *final), parts, own, splits, block, threads)
+
             return done + mine
 
         @pl.when(wg < warpgroups)
         def _compute():
             plgpu.set_max_registers(160 if warpgroups == 3 else 240, action="increase")
-            pl.when(wg == 0)(ft.partial(fetch_queries, jnp.int32(0)))
-            lax.fori_loop(0, count, compute, jnp.int32(0))
+            lax.fori_loop(0, number, compute, jnp.int32(0))
 
         def copy(n, done):
             """The tiles of one piece, of each warpgroup in turn; `done` is how many each
             had before it."""
-            (b, h, *_), row, before, _, some = work(n)
+            (b, h, i, _), before, _, some = work(n)
 
-            def load(j, _):
+            def starts(j):
+                """Where the keys and the values of a tile of each warpgroup are."""
+
+                def of_tile(wg):
+                    t = before + jnp.minimum(wg + warpgroups * j, some - 1)
+                    k_base = tiles.first_key(tile_refs, (b, h, i), jnp.maximum(t, 0))
+                    return (
+                        start_of_keys(k_ref, k_pages, b, k_base),
+                        start_of_keys(v_ref, v_pages, b, k_base),
+                    )
+
+                return tuple(map(of_tile, range(warpgroups)))
+
+            def load(j, places):
+                after = starts(j + 1)
+
                 def tile(wg, done):
                     turn = done + j
                     slot = wg * stages + lax.rem(turn, stages)
-                    k_base = columns_ref[(*row, before + wg + warpgroups * j)] * TOKENS
 
-                    def one(ref, pages, smem, ready, free):
-                        keys = (*place_of_keys(ref, pages, b, k_base, TOKENS), h)
-
+                    def one(ref, place, smem, ready, free):
                         @pl.when(turn >= stages)
                         def _():
                             plgpu.barrier_wait(free.at[slot])
 
-                        plgpu.copy_gmem_to_smem(ref.at[keys], smem.at[slot], ready.at[slot])
+                        source = ref.at[place[0], pl.ds(place[1], TOKENS), h]
+                        plgpu.copy_gmem_to_smem(source, smem.at[slot], ready.at[slot])
 
-                    one(k_ref, k_pages, k_smem, k_ready, k_free)
-                    one(v_ref, v_pages, v_smem, v_ready, v_free)
+                    one(k_ref, places[wg][0], k_smem, k_ready, k_free)
+                    one(v_ref, places[wg][1], v_smem, v_ready, v_free)
 
                 for wg in range(warpgroups):
                     there = wg + warpgroups * j < some
                     pl.when(there)(ft.partial(tile, wg, done[wg]))
+                return after
 
-            lax.fori_loop(0, own(0, some), load, None)
-            return tuple(own(wg, some) + before for wg, before in enumerate(done))
+            lax.fori_loop(0, share(0, some), load, starts(0))
+            return tuple(share(wg, some) + before for wg, before in enumerate(done))
 
         @pl.when(wg == warpgroups)
         def _copy():
             plgpu.set_max_registers(32 if warpgroups == 3 else 24, action="decrease")
-            lax.fori_loop(0, count, copy, (jnp.int32(0),) * warpgroups)
+            lax.fori_loop(0, number, copy, (jnp.int32(0),) * warpgroups)
 
-    free = ready = plgpu.Barrier(num_barriers=warpgroups * stages)
-    parts = splits * warpgroups * _WARPS * batch
-    out, lse = launch(
+    each = plgpu.Barrier(num_barriers=warpgroups * stages)
+    out, lse, *_ = launch(
         kernel,
         "decode_8bit",
         schedule.programs,
         warpgroups,
-        out_type=(
-            jax.ShapeDtypeStruct((parts, q_len, heads, value_dim), jnp.float32),
-            jax.ShapeDtypeStruct((parts, heads, q_len), jnp.float32),
-        ),
+        out_type=own.types(value_dim, types),
         scratch_types=(
             q_type,
             k_type,
             v_type,
             plgpu.SMEM((warpgroups, _AHEAD, 2, TOKENS), jnp.float32),
-            plgpu.Barrier(),
-            ready,
-            ready,
-            free,
-            free,
+            *4 * (each,),
         ),
     )(
         q,
         *(k.values, v.values, k.scale, v.scale),
-        *(*tiles, *turns, *pages, *terms.arrays),
+        *(*lists, *turns, *pages, *terms.arrays, *counters),
     )
-    return out, lse.swapaxes(1, 2)
+    return out, lse
 
 
 def _along(x: jax.Array, shape: tuple[int, int], axis: int) -> jax.Array:

@@ -1,5 +1,6 @@
 """Keys and values that a kernel copies from pages."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from .._keys import Paged, Quantized
+from .._keys import Paged, Quantized, UNKNOWN
 from .hopper import whole_rows
 
 
@@ -36,6 +37,29 @@ def unfit(name: str, x: Any, tokens: int = 64, channels: int = 64) -> tuple[str,
     if x.dtype != pool.dtype:
         reasons.append(f"{name} stands for {x.dtype}, and its pages are {pool.dtype}")
     return tuple(reasons)
+
+
+def pages_of(x: Any) -> tuple[Any, list[jax.Array]]:
+    """As `stored`, but the table as it is: see `start_of_keys`."""
+    if not isinstance(x, Paged):
+        return whole_rows(x), []
+    return x.pool, [x.table.astype(jnp.int32)]
+
+
+def start_of_keys(ref: Any, pages: Sequence[Any], b: Any, first: Any) -> tuple:
+    """In the kernel: where the tokens of a batch element are, from `first` on: the batch
+    element or the page, and the first token there."""
+    if not pages:
+        return b, first
+    count, page_size = ref.shape[:2]
+    page = pages[0][b, lax.div(first, page_size)]
+    # Numbers that are no page's are of tokens that nothing sees.
+    return jnp.clip(page, 0, count - 1), lax.rem(first, page_size)
+
+
+def unknown_tokens(pages: Sequence[Any], b: Any) -> Any:
+    """In the kernel: whether all tokens of a batch element are NaN."""
+    return functools.reduce(jnp.logical_or, [x[b, 0] == UNKNOWN for x in pages])
 
 
 def place_of_keys(ref: Any, pages: Sequence[Any], b: Any, first: Any, size: int) -> tuple:

@@ -15,8 +15,9 @@ from .vanilla import Vanilla, weights_bytes
 # Up to this many bytes of weights, one tile is as fast as many: benchmarks/cpu.py.
 _SMALL = 2**21
 # With at most so many queries, and more than so many bytes of keys and values in the dtype
-# of accumulation, splitting the keys was faster than either. With so few queries, cuDNN
-# reads keys nearly as fast as memory gives them: benchmarks/decode.py.
+# of accumulation, splitting the keys was faster than either. With so few queries, what does
+# so on Hopper reads keys nearly as fast as memory gives them. So does cuDNN, which has more
+# to do besides: benchmarks/decode.py.
 _FEW = 8
 _MANY = 2**24
 # Those that a table of this machine may speak of.
@@ -28,10 +29,10 @@ def choose(request: Request) -> tuple[AbstractMechanism, str]:
     both = {"flash": Flash(), "cudnn": CuDNN()}
     able = {name: x for name, x in both.items() if not x.unsupported(request)}
     few = request.lengths[0] <= _FEW
-    if few and "cudnn" in able:
-        return able["cudnn"], f"there are at most {_FEW} queries"
-    if few and able:
+    if few and "flash" in able:
         return Decode(), f"there are at most {_FEW} queries"
+    if few and able:
+        return able["cudnn"], f"there are at most {_FEW} queries"
     if not few and (found := _by_saved_table(request)) is not None:
         return found
     if len(able) == 2:

@@ -1,0 +1,104 @@
+"""A step of decoding of a whole model, and how much of it is attention: the model of
+examples/train_lm.py, with as many heads, of as many channels, as the caches here have."""
+
+import pathlib
+import sys
+import tempfile
+import time
+from typing import Any
+
+import equinox as eqx
+import eqx_attention as eqa
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+
+
+# The example's own depth.
+DEPTH, STEPS = 3, 20
+# In the names of kernels that attend: ours, and cuDNN's.
+_ATTENDS = ("eqx_attention", "sdpa", "lean_reduction")
+
+
+def _model(heads: int, kv_heads: int, dim: int, dtype: Any) -> Any:
+    examples = pathlib.Path(__file__).parent.parent.parent / "examples"
+    sys.path.insert(0, str(examples))
+    from lm.config import RunConfig  # pyright: ignore[reportMissingImports]
+    from lm.model import LanguageModel  # pyright: ignore[reportMissingImports]
+
+    config = RunConfig(width=heads * dim, heads=heads, kv_heads=kv_heads, depth=DEPTH)
+
+    @eqx.filter_jit
+    def made():
+        model = LanguageModel(config, key=jr.key(0))
+        cast = lambda x: x.astype(dtype) if eqx.is_inexact_array(x) else x  # noqa: E731
+        return jax.tree.map(cast, model)
+
+    return made()
+
+
+@eqx.filter_jit(donate="all-except-first")
+def _step(model: Any, caches: Any, tokens: Any) -> Any:
+    def one(caches, token):
+        logits, caches = model(token[None], caches)
+        return caches, logits[0].argmax().astype(token.dtype)
+
+    return jax.vmap(one)(caches, tokens)
+
+
+def _attending(run: Any) -> float:
+    """Seconds of kernels that attend, of all that `run` does."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            run()
+        (path,) = pathlib.Path(folder).rglob("*.xplane.pb")
+        profile = jax.profiler.ProfileData.from_file(str(path))
+    return sum(
+        event.duration_ns * 1e-9
+        for plane in profile.planes
+        if plane.name.startswith("/device:GPU")
+        for line in plane.lines
+        if line.name.startswith("Stream")
+        for event in line.events
+        if any(word in event.name for word in _ATTENDS)
+    )
+
+
+def step(batch: int, length: int, heads: tuple[int, int, int], dtype: Any) -> dict:
+    """**Arguments:**
+
+    - `batch`, `length`: so many sequences, of nearly so many tokens.
+    - `heads`: those of queries, those of keys, and channels.
+    """
+    model, (_, kv_heads, dim) = _model(*heads, dtype), heads
+    shape = (batch, length, kv_heads, dim)
+    lengths = jnp.full(batch, length - 4 * STEPS, jnp.int32)
+
+    @jax.jit
+    def filled(key):
+        k, v = (jr.normal(key, shape, dtype) for key in jr.split(key))
+        return eqa.StaticCache(k, v, lengths)
+
+    caches = tuple(filled(key) for key in jr.split(jr.key(1), DEPTH))
+    state = [caches, jnp.zeros(batch, jnp.int32)]
+
+    def run():
+        for _ in range(STEPS):
+            state[:] = _step(model, *state)
+        jax.block_until_ready(state)
+
+    run()
+    start = time.perf_counter()
+    run()
+    seconds = (time.perf_counter() - start) / STEPS
+    attends = _attending(run) / STEPS
+    return {
+        "batch": batch,
+        "length": length,
+        "heads": list(heads),
+        "depth": DEPTH,
+        "step_us": seconds * 1e6,
+        "attention_kernels_us": attends * 1e6,
+        "of_step": attends / seconds,
+        "tokens_s": batch / seconds,
+    }
