@@ -220,7 +220,7 @@ class _Accumulator:
 def _gradients(request, out, lse, dout):
     """`(dq, dk, dv)` of a request of one tile, by the arithmetic of the kernels."""
     q, k, v = request.query, request.key_, request.value
-    low, dout, delta = seen_rows(out, lse, dout, None)
+    low, dout, delta = seen_rows(request, out, lse, dout, None)
     work = backward.Work(
         request, low, delta, dout, backward.Blocks(query=16, key=16), rows=16
     )

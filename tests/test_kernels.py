@@ -18,7 +18,9 @@ from eqx_attention._kernel.tables import table, table_in_order
 from eqx_attention._kernel.terms import logit_fn, Term, visible_fn
 from eqx_attention._mechanism import attention, cudnn, flash
 from eqx_attention._mechanism.measured import faster
+from eqx_attention._mechanism.plan import by_rank
 
+from .helpers import compiled
 from .kernel_cases import CASES, HOPPER, make_case, make_request, on_hopper
 
 
@@ -370,6 +372,13 @@ def test_tables_hold_each_tile_that_is_seen(mask, kv_len, by_key, in_order):
             assert all((np.diff(run) < 0).all() for run in runs)
             assert not first or runs[0].min() > runs[1].max()
     assert covered[dense].all()
+
+
+@pytest.mark.parametrize("columns", (1, 7, 257))
+def test_columns_by_rank(columns):
+    rank = np.random.default_rng(0).integers(0, 4, (1, 2, 3, columns))
+    got = compiled(by_rank, jnp.asarray(rank, jnp.int8))
+    assert np.array_equal(got, np.argsort(rank, axis=-1, stable=True))
 
 
 def test_masks_beyond_the_end():

@@ -5,13 +5,14 @@ from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Int
 
 from .._axes import ceil_div
 from .._mask import Full
 from .._mechanism.base import Blocks, Request
 from .._mechanism.negligible import may_be_negligible
-from .._mechanism.plan import Grid, Kinds, kinds, lists
+from .._mechanism.plan import by_rank, Grid, Kinds, kinds, lists
 from .._static import has_arrays
 
 
@@ -96,8 +97,8 @@ def _of_kinds(
             found = Kinds(*(x.swapaxes(2, 3) for x in found))
         # Each row computes a tile, also one that sees nothing: masked, that is harmless.
         none = ~found.some.any(-1)
-        some = found.some.at[..., 0].set(found.some[..., 0] | none)
-        every = found.every
+        first = lax.broadcasted_iota(jnp.int32, found.some.shape, 3) == 0
+        some, every = found.some | (none[..., None] & first), found.every
         if never_masked(request, block_k):
             # Then it was negligible, and kernels look at those that are FULL alone.
             every = some
@@ -118,11 +119,11 @@ def backwards(kinds: Kinds) -> tuple[Array, Array, Array, Array]:
     last = jnp.where(kinds.every, column, -1).max(-1, keepdims=True)
     low = jnp.where(kinds.every, 1, jnp.where((column > last) & (last >= 0), 0, 2))
     rank = jnp.where(kinds.some | kinds.every, low, 3).astype(jnp.int8)
-    order = size - 1 - jnp.argsort(rank[..., ::-1], axis=-1, stable=True)
+    order = size - 1 - by_rank(rank[..., ::-1])
     high, full, some = (
         found.sum(-1, dtype=jnp.int32) for found in (rank == 0, rank == 1, rank <= 2)
     )
-    return order.astype(jnp.int32), high, full, some
+    return order, high, full, some
 
 
 def never_masked(request: Request, block_k: int) -> bool:

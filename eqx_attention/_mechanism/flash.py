@@ -94,7 +94,7 @@ class Flash(AbstractMechanism):
 
         wide = padded_heads(seen_queries(request, lse))
         sizes = sizes_of(request)
-        low, dout_, delta = seen_rows(out, lse, dout, dlse)
+        low, dout_, delta = seen_rows(request, out, lse, dout, dlse)
         dout_ = _wider(dout_.astype(request.query.dtype), wide.value.shape[-1])
         blocks = backward_blocks(sizes, self.reproducible)
         backward = backward_kernels(sizes).backward

@@ -55,7 +55,7 @@ def seen_queries(request: Request, lse: Array) -> Request:
 
 
 def seen_rows(
-    out: Array, lse: Array, dout: Array, dlse: Array | None
+    request: Request, out: Array, lse: Array, dout: Array, dlse: Array | None
 ) -> tuple[Array, Array, Array]:
     """What the gradient needs of each row: `(lse, dout, delta)`.
 
@@ -63,7 +63,9 @@ def seen_rows(
     zeros for what the weights are multiplied with.
     """
     empty = jnp.isneginf(lse)
-    dout = jnp.where(empty[..., None], 0, dout.astype(lse.dtype))
+    dout = dout.astype(lse.dtype)
+    if not _never_empty(request):
+        dout = jnp.where(empty[..., None], 0, dout)
     delta = (dout * out.astype(lse.dtype)).sum(-1)
     if dlse is not None:
         delta = delta - jnp.where(empty, 0, dlse)

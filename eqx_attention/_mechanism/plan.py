@@ -140,6 +140,28 @@ def _merge(x: Bool[Array, "..."], grid: Grid, op) -> Bool[Array, "..."]:
     return x
 
 
+# Rows of at most so many tiles are sorted by counting.
+_COUNTED = 256
+
+
+def by_rank(rank: Int[Array, "... columns"]) -> Int[Array, "... columns"]:
+    """The columns of each row by their rank, those of the same rank in order.
+
+    Where rows are short, by two sums: on a GPU a sort takes longer, and a while to compile.
+    """
+    size = rank.shape[-1]
+    if size > _COUNTED:
+        return jnp.argsort(rank, axis=-1, stable=True).astype(jnp.int32)
+    last = rank.ndim - 1
+    key = rank.astype(jnp.int32) * size
+    key = key + lax.broadcasted_iota(jnp.int32, key.shape, last)
+    place = (key[..., None, :] < key[..., :, None]).sum(-1, dtype=jnp.int32)
+    pairs = (*place.shape, size)
+    wanted, column = (lax.broadcasted_iota(jnp.int32, pairs, last + n) for n in range(2))
+    there = place[..., None, :] == wanted
+    return jnp.where(there, column, 0).sum(-1, dtype=jnp.int32)
+
+
 class Lists(NamedTuple):
     """For each (batch, head, row), the tiles of the row: first those that are FULL, then
     those that are PARTIAL; how many are FULL, and how many are either."""
@@ -156,7 +178,7 @@ class Lists(NamedTuple):
 def lists(kinds: Kinds) -> Lists:
     """Lists the tiles of each row of the table of kinds."""
     rank = jnp.where(kinds.every, 0, jnp.where(kinds.some, 1, 2)).astype(jnp.int8)
-    order = jnp.argsort(rank, axis=-1, stable=True).astype(jnp.int32)
+    order = by_rank(rank)
     full = (rank == 0).sum(-1, dtype=jnp.int32)
     return Lists(order, full, (rank <= 1).sum(-1, dtype=jnp.int32))
 

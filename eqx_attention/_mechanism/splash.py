@@ -149,7 +149,7 @@ class Splash(AbstractMechanism):
     ) -> Gradients:
         from .._kernel.splash import backward
 
-        low, dout_, delta = seen_rows(out, lse, dout, dlse)
+        low, dout_, delta = seen_rows(request, out, lse, dout, dlse)
         dout_ = dout_.astype(request.query.dtype)
         sizes = self._sizes(request, _BACKWARD_TOKENS)
         grads = untyped(backward, without_nan(request, lse), low, delta, dout_, sizes)

@@ -203,5 +203,6 @@ def row_terms(request: Request, out, lse, dout, dlse):
     """What the gradient needs of each row, heads first: `(q, (lse, dout, delta))`, as by
     `seen_rows`."""
     q = jnp.where(jnp.isneginf(lse)[..., None], 0, request.query)
-    lse, dout, delta = (x.swapaxes(1, 2) for x in seen_rows(out, lse, dout, dlse))
+    rows = seen_rows(request, out, lse, dout, dlse)
+    lse, dout, delta = (x.swapaxes(1, 2) for x in rows)
     return heads_first(request, q), (lse, dout, delta)
