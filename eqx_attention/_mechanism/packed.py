@@ -4,7 +4,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from .._static import is_array
 from .._tokens import Tokens
@@ -38,18 +37,3 @@ def packed(request: Request) -> Request:
     pairs = dataclasses.replace(pairs, q=tokens)
     kept = dict(query=query, pairs=pairs, result_dtype=request.dtype)
     return dataclasses.replace(request, **kept)
-
-
-def unpacked(
-    request: Request,
-    out: Float[Array, "batch rows kv_heads value_dim"],
-    lse: Float[Array, "batch rows kv_heads"],
-) -> tuple[
-    Float[Array, "batch q_len q_heads value_dim"], Float[Array, "batch q_len q_heads"]
-]:
-    """The results of `packed(request)`, as those of `request`."""
-    batch, q_len, heads, _ = request.query.shape
-    shape = (batch, q_len, request.groups, heads // request.groups)
-    out = out.reshape(*shape, -1).swapaxes(2, 3)
-    lse = lse.reshape(shape).swapaxes(2, 3)
-    return out.reshape(batch, q_len, heads, -1), lse.reshape(batch, q_len, heads)
