@@ -155,11 +155,6 @@ class Quantized(AbstractKeys):
         return jax.tree.map(fold, self, axes)
 
 
-# As the numbers of all pages of a sequence: something is wrong with them, and its tokens
-# are NaN. In int32.
-UNKNOWN = -(2**31)
-
-
 class Paged(AbstractKeys):
     """Keys or values in pages, which sequences may share.
 
@@ -250,11 +245,8 @@ class Paged(AbstractKeys):
             )
             return lax.gather(x, at, dims, window, mode=lax.GatherScatterMode.CLIP)
 
-        part = dequantized(jax.tree.map(gather, self.pool)).astype(self.dtype)
-        if self.table.dtype != jnp.int32:
-            return part
-        unknown = (table[:, 0] == UNKNOWN)[:, None, None, None]
-        return jnp.where(unknown, jnp.nan, part)
+        part = jax.tree.map(gather, self.pool)
+        return dequantized(part).astype(self.dtype)
 
     def astype(self, dtype: Any) -> "Paged":
         return Paged(self.pool, self.table, dtype)

@@ -4,13 +4,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from beartype import beartype
-from jax import lax
-from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Int32, jaxtyped
 
 from .._axes import ceil_div
-from .._keys import EightBits, flat, Keys, Paged, UNKNOWN
+from .._keys import EightBits, flat, Keys, Paged
 from .._mask import AbstractMask, Padding
 from .base import AbstractCache
 from .checks import (
@@ -38,24 +36,12 @@ from .write import along
 _NO_PAGE = "PagedCache: table names no page for tokens that length says are there."
 
 
-def _no_error(table: Array, missing: Array) -> Array:
-    return eqx.error_if(table, missing, _NO_PAGE)
-
-
-def _unknown(table: Array, missing: Array) -> Array:
-    return jnp.where(missing.any(axis=-1, keepdims=True), UNKNOWN, table)
-
-
 class PagedCache(AbstractCache):
     """A cache whose sequences take memory by the page, from a pool that they share.
 
     A sequence is given a page when it has filled the one before, so that memory is for
     the tokens there are and not for `capacity`. Sequences that `fork` made from one share
     its pages, and one that appends to a page that others hold too gets a copy of it first.
-
-    A page that `table` does not name, where `length` says that there are tokens, is an
-    error; but on a GPU, `attend` in a jitted function gives NaN for that sequence, as the
-    host would have to wait for the device in every step. (`append` is an error.)
 
     All shapes are fixed, and the pool belongs to all sequences of the batch: give `append`
     and `attend` whole batches. (Under `jax.vmap`, each element that is mapped over has a
@@ -221,12 +207,7 @@ class PagedCache(AbstractCache):
 
     def keys_values(self) -> tuple[Any, Any, None, AbstractMask]:
         self._check_unmapped()
-        table, missing = self.table, self._missing()
-        if isinstance(missing, Tracer):
-            # On a GPU, an error would make the host wait for the device in every step.
-            table = lax.platform_dependent(table, missing, cuda=_unknown, default=_no_error)
-        else:
-            table = _no_error(table, missing)
+        table = eqx.error_if(self.table, self._missing(), _NO_PAGE)
         return (
             Paged(self.key_, table),
             Paged(self.value, table),

@@ -23,7 +23,7 @@ from .head_rows import fetch_rows, HeadRows, pairs_of, write_rows
 from .hidden_values import replace_nan
 from .hopper import along, fence, full, launch, LOG2E, ROW, smem, sync, THREADS, TILE
 from .merge_rows import is_last, merge_rows
-from .pages import pages_of, start_of_keys, unknown_tokens
+from .pages import pages_of, start_of_keys
 from .row_tiles import row_tiles, schedule_of
 from .schedule import place_of_split, section, tiles_of_split
 from .tables import never_masked
@@ -173,8 +173,6 @@ def forward_16bit(
             if may_mask:
                 carry = lax.fori_loop(whole, some, ft.partial(one, True), carry)
             out, top, total = carry
-            if pages:
-                total = jnp.where(unknown_tokens(page_refs, b), jnp.nan, total)
             lse = jnp.where(total == 0, -jnp.inf, (top + jnp.log2(total)) * (1 / LOG2E))
             kept = 1 - rows.pairs.dropout.rate if rows.pairs.dropout else 1.0
             inverse = 1 / (jnp.where(total == 0, 1.0, total) * kept)

@@ -44,7 +44,7 @@ from .few_rows import (
 from .head_rows import fetch_rows, HeadRows, pairs_of
 from .hopper import full, launch, LOG2E, smem, sync, THREADS
 from .merge_rows import is_last, merge_rows
-from .pages import start_of_keys, unknown_tokens
+from .pages import start_of_keys
 from .row_tiles import row_tiles, schedule_of
 from .schedule import place_of_split, section, tiles_of_split
 from .tables import never_masked
@@ -250,8 +250,6 @@ def forward_8bit(
 
             out, top, total = lax.cond(mine > 0, attend, lambda: empty)
             total = whole_sum(total)
-            if pages:
-                total = jnp.where(unknown_tokens(page_refs, b), jnp.nan, total)
             lse = jnp.where(total == 0, -jnp.inf, (top + jnp.log2(total)) * (1 / LOG2E))
             kept = 1 - rows.pairs.dropout.rate if rows.pairs.dropout else 1.0
             inverse = 1 / (jnp.where(total == 0, 1.0, total) * kept)

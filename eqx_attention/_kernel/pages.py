@@ -1,6 +1,5 @@
 """Keys and values that a kernel copies from pages."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from .._keys import Paged, Quantized, UNKNOWN
+from .._keys import Paged, Quantized
 from .hopper import whole_rows
 
 
@@ -55,11 +54,6 @@ def start_of_keys(ref: Any, pages: Sequence[Any], b: Any, first: Any) -> tuple:
     page = pages[0][b, lax.div(first, page_size)]
     # Numbers that are no page's are of tokens that nothing sees.
     return jnp.clip(page, 0, count - 1), lax.rem(first, page_size)
-
-
-def unknown_tokens(pages: Sequence[Any], b: Any) -> Any:
-    """In the kernel: whether all tokens of a batch element are NaN."""
-    return functools.reduce(jnp.logical_or, [x[b, 0] == UNKNOWN for x in pages])
 
 
 def place_of_keys(ref: Any, pages: Sequence[Any], b: Any, first: Any, size: int) -> tuple:
