@@ -12,6 +12,7 @@ permutes, of which a mesh of two axes has several, and give wrong results.
 """
 
 import argparse
+import concurrent.futures as futures
 import datetime
 import functools as ft
 import importlib.metadata
@@ -20,7 +21,6 @@ import os
 import pathlib
 import re
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -145,6 +145,10 @@ class Benchmark:
         return [make(key) for key in jax.random.split(jax.random.key(0), 4)]
 
     def prepare(self, strategy: str, case: Case, which: str) -> Prepared:
+        return self.lowered(strategy, case, which)()
+
+    def lowered(self, strategy: str, case: Case, which: str) -> Callable[[], Prepared]:
+        """What compiles it: that may be done of several at once."""
         import jax
 
         attend = self.attend(strategy, case)
@@ -159,11 +163,13 @@ class Benchmark:
             out, pull = jax.vjp(attend, q, k, v)
             return out, *pull(dout)
 
-        fn = jax.jit(both if "backward" in which else attend)
-        start = time.perf_counter()
-        compiled = fn.lower(*arrays).compile()
-        note = {"compile_s": time.perf_counter() - start, **_memory(compiled)}
-        return Prepared(ft.partial(compiled, *arrays), note)
+        lowered = jax.jit(both if "backward" in which else attend).lower(*arrays)
+
+        def compiled() -> Prepared:
+            fn = lowered.compile()
+            return Prepared(ft.partial(fn, *arrays), _memory(fn))
+
+        return compiled
 
     def explained(self, strategy: str, case: Case) -> dict[str, Any]:
         """What the strategy says that it sends, in MiB a device."""
@@ -284,12 +290,20 @@ def time_case(
     alone = bench.alone() if case.length <= LONGEST_ALONE else ()
     made: dict[str, Prepared] = {}
     at = {"mask": case.name, "length": case.length, "pass": which}
-    for strategy in (*alone, *strategies):
+    with futures.ThreadPoolExecutor() as pool:
+        compiling = {}
+        for strategy in (*alone, *strategies):
+            try:
+                compile_ = bench.lowered(strategy, case, which)
+                compiling[strategy] = pool.submit(compile_)
+            except (RuntimeError, TypeError, ValueError) as error:
+                results.failed(error, strategy=strategy, **at)
+    for strategy, future in compiling.items():
         try:
-            made[strategy] = bench.prepare(strategy, case, which)
-            jax.block_until_ready(made[strategy].call())
+            prepared = future.result()
+            jax.block_until_ready(prepared.call())
+            made[strategy] = prepared
         except (RuntimeError, TypeError, ValueError) as error:
-            made.pop(strategy, None)
             results.failed(error, strategy=strategy, **at)
     rounds = ROUNDS if case.length <= LONGEST_ALONE else 1
     calls = {name: prepared.call for name, prepared in made.items()}
