@@ -207,12 +207,16 @@ class PagedCache(AbstractCache):
 
     def keys_values(self) -> tuple[Any, Any, None, AbstractMask]:
         self._check_unmapped()
-        table = eqx.error_if(self.table, self._missing(), _NO_PAGE)
+        missing = self._missing()
+        # A new array, which an error that might be need not copy. (On a GPU it makes the
+        # host wait for the device, and all that it then has to do takes time.)
+        length = jnp.where(missing.any(axis=-1), 0, self.length)
+        length = eqx.error_if(length, missing, _NO_PAGE)
         return (
-            Paged(self.key_, table),
-            Paged(self.value, table),
+            Paged(self.key_, self.table),
+            Paged(self.value, self.table),
             None,
-            Padding(self.length),
+            Padding(length),
         )
 
     @jaxtyped(typechecker=beartype)

@@ -14,7 +14,7 @@ from jaxlib.mlir.dialects import arith, llvm
 
 from .._keys import Paged, Quantized
 from .hopper import THREADS, whole_rows
-from .pages import start_of_keys
+from .pages import page_of, start_of_keys
 
 
 # Channels of which there must be a multiple, and tokens of a tile of keys.
@@ -191,5 +191,6 @@ def await_scales(later: int) -> None:
 
 def place_of_scales(ref: Any, pages: Sequence[Any], b: Any, first: Any) -> tuple[Any, Any]:
     """In the kernel: the scales of a batch element or of a page, and where the token is."""
-    where, start = start_of_keys(ref, pages, b, first)
+    page = page_of(pages, b, first, ref.shape[1])
+    where, start = start_of_keys(ref, pages, page, first)
     return ref.at[where], start

@@ -23,7 +23,7 @@ from .head_rows import fetch_rows, HeadRows, pairs_of, write_rows
 from .hidden_values import replace_nan
 from .hopper import along, fence, full, launch, LOG2E, ROW, smem, sync, THREADS, TILE
 from .merge_rows import is_last, merge_rows
-from .pages import pages_of, start_of_keys
+from .pages import page_of, pages_of, start_of_keys
 from .row_tiles import row_tiles, schedule_of
 from .schedule import place_of_split, section, tiles_of_split
 from .tables import never_masked
@@ -204,19 +204,21 @@ def forward_16bit(
         def copy(n, done):
             b, h, i, _, (before, _, some) = work(n)
 
-            def starts(t):
-                """Where the keys and the values of a tile are."""
+            def look_up(t):
+                """The first key of a tile, and the pages of its keys and values: for the
+                next tile, so that it is there when it is needed."""
                 t = before + jnp.minimum(t, jnp.maximum(some, 1) - 1)
                 k_base = tiles.first_key(tile_refs, (b, h, i), t)
-                return (
-                    start_of_keys(k_ref, k_table, b, k_base),
-                    start_of_keys(v_ref, v_table, b, k_base),
-                )
+                k_page = page_of(k_table, b, k_base, k_ref.shape[1])
+                return k_base, k_page, page_of(v_table, b, k_base, v_ref.shape[1])
 
-            def load(t, places):
-                slot, after = lax.rem(done + t, stages), starts(t + 1)
+            def load(t, found):
+                slot, after = lax.rem(done + t, stages), look_up(t + 1)
+                k_base, k_page, v_page = found
 
-                def one(ref, place, smem, ready, free):
+                def one(ref, pages, page, smem, ready, free):
+                    place = start_of_keys(ref, pages, page, k_base)
+
                     @pl.when(done + t >= stages)
                     def _():
                         plgpu.barrier_wait(free.at[slot])
@@ -224,11 +226,11 @@ def forward_16bit(
                     source = ref.at[place[0], pl.ds(place[1], block_k), h]
                     plgpu.copy_gmem_to_smem(source, smem.at[slot], ready.at[slot])
 
-                one(k_ref, places[0], k_smem, k_ready, k_free)
-                one(v_ref, places[1], v_smem, v_ready, v_free)
+                one(k_ref, k_table, k_page, k_smem, k_ready, k_free)
+                one(v_ref, v_table, v_page, v_smem, v_ready, v_free)
                 return after
 
-            lax.fori_loop(0, some, load, starts(0))
+            lax.fori_loop(0, some, load, look_up(0))
             return done + some
 
         @pl.when(wg == 1)

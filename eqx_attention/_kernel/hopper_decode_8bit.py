@@ -44,7 +44,7 @@ from .few_rows import (
 from .head_rows import fetch_rows, HeadRows, pairs_of
 from .hopper import full, launch, LOG2E, smem, sync, THREADS
 from .merge_rows import is_last, merge_rows
-from .pages import start_of_keys
+from .pages import page_of, start_of_keys
 from .row_tiles import row_tiles, schedule_of
 from .schedule import place_of_split, section, tiles_of_split
 from .tables import never_masked
@@ -282,27 +282,30 @@ def forward_8bit(
             had before it."""
             (b, h, i, _), before, _, some = work(n)
 
-            def starts(j):
-                """Where the keys and the values of a tile of each warpgroup are."""
+            def look_up(j):
+                """Of a tile of each warpgroup: its first key, and the pages of its keys and
+                values. For the next tiles, so that they are there when they are needed."""
 
                 def of_tile(wg):
                     t = before + jnp.minimum(wg + warpgroups * j, some - 1)
                     k_base = tiles.first_key(tile_refs, (b, h, i), jnp.maximum(t, 0))
-                    return (
-                        start_of_keys(k_ref, k_pages, b, k_base),
-                        start_of_keys(v_ref, v_pages, b, k_base),
-                    )
+                    k_page = page_of(k_pages, b, k_base, k_ref.shape[1])
+                    return k_base, k_page, page_of(v_pages, b, k_base, v_ref.shape[1])
 
                 return tuple(map(of_tile, range(warpgroups)))
 
-            def load(j, places):
-                after = starts(j + 1)
+            def load(j, found):
+                after = look_up(j + 1)
 
                 def tile(wg, done):
                     turn = done + j
                     slot = wg * stages + lax.rem(turn, stages)
 
-                    def one(ref, place, smem, ready, free):
+                    k_base, k_page, v_page = found[wg]
+
+                    def one(ref, pages, page, smem, ready, free):
+                        place = start_of_keys(ref, pages, page, k_base)
+
                         @pl.when(turn >= stages)
                         def _():
                             plgpu.barrier_wait(free.at[slot])
@@ -310,15 +313,15 @@ def forward_8bit(
                         source = ref.at[place[0], pl.ds(place[1], TOKENS), h]
                         plgpu.copy_gmem_to_smem(source, smem.at[slot], ready.at[slot])
 
-                    one(k_ref, places[wg][0], k_smem, k_ready, k_free)
-                    one(v_ref, places[wg][1], v_smem, v_ready, v_free)
+                    one(k_ref, k_pages, k_page, k_smem, k_ready, k_free)
+                    one(v_ref, v_pages, v_page, v_smem, v_ready, v_free)
 
                 for wg in range(warpgroups):
                     there = wg + warpgroups * j < some
                     pl.when(there)(ft.partial(tile, wg, done[wg]))
                 return after
 
-            lax.fori_loop(0, share(0, some), load, starts(0))
+            lax.fori_loop(0, share(0, some), load, look_up(0))
             return tuple(share(wg, some) + before for wg, before in enumerate(done))
 
         @pl.when(wg == warpgroups)

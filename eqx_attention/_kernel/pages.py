@@ -45,13 +45,18 @@ def pages_of(x: Any) -> tuple[Any, list[jax.Array]]:
     return x.pool, [x.table.astype(jnp.int32)]
 
 
-def start_of_keys(ref: Any, pages: Sequence[Any], b: Any, first: Any) -> tuple:
-    """In the kernel: where the tokens of a batch element are, from `first` on: the batch
-    element or the page, and the first token there."""
+def page_of(pages: Sequence[Any], b: Any, first: Any, page_size: int) -> Any:
+    """In the kernel: the number of the page that holds a token of a batch element; which
+    that is, where there are no pages."""
+    return pages[0][b, lax.div(first, page_size)] if pages else b
+
+
+def start_of_keys(ref: Any, pages: Sequence[Any], page: Any, first: Any) -> tuple:
+    """In the kernel: where the tokens from `first` on are, of what `page_of` gives: the
+    batch element or the page, and the first token there."""
     if not pages:
-        return b, first
+        return page, first
     count, page_size = ref.shape[:2]
-    page = pages[0][b, lax.div(first, page_size)]
     # Numbers that are no page's are of tokens that nothing sees.
     return jnp.clip(page, 0, count - 1), lax.rem(first, page_size)
 
