@@ -43,6 +43,8 @@ FLAGS = {
 HEADS, DIM = 16, 128
 WINDOW = 4096
 PASSES = {"forward": 1.0, "forward+backward": 3.5}
+# Seconds of each round: so many calls that how the first one starts does not count.
+_AT_LEAST = 0.3
 # Longer ones are not timed on one device.
 LONGEST_ALONE = 131072
 # By default, and with `--quick`; the most important first.
@@ -307,7 +309,7 @@ def time_case(
             results.failed(error, strategy=strategy, **at)
     rounds = ROUNDS if case.length <= LONGEST_ALONE else 1
     calls = {name: prepared.call for name, prepared in made.items()}
-    times = in_turn(calls, jax.block_until_ready, rounds)
+    times = in_turn(calls, jax.block_until_ready, rounds, _AT_LEAST)
     medians = {name: statistics.median(x) for name, x in times.items()}
     best = min((medians[name], name) for name in alone) if alone and medians else None
     flops = 4 * case.pairs * HEADS * DIM * PASSES[which]

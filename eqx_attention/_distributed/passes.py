@@ -142,6 +142,9 @@ class Passes:
         loop = self._loop(middle) if self.scan else None
         if loop is None:
             for hop in middle:
+                # What a hop sends is not to be sent before the hop that is computed.
+                carry, cargo = lax.optimization_barrier((carry, coming.cargo))
+                coming = Keys(coming.owner, coming.tokens, cargo)
                 carry, coming = on(_todo(hop), coming, carry)
         else:
 

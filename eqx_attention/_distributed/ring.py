@@ -122,9 +122,10 @@ class Ring(AbstractMechanism):
         dlse: Float[Array, "batch q_len q_heads"] | None,
         wrt: tuple[int, ...],
     ) -> Gradients:
-        # Else XLA may take the keys of all devices from the forward pass, and keep them.
-        kept = (request.key_, request.value, dout)
-        key_, value, dout = lax.optimization_barrier(kept)
+        # Else XLA may take the keys of all devices from the forward pass, and keep them; or
+        # send them before that is done.
+        kept = (request.key_, request.value, lse, dout)
+        key_, value, lse, dout = lax.optimization_barrier(kept)
         request = dataclasses.replace(request, key_=key_, value=value)
         exchange, passes = self._ready(request)
         rows = exchange.there(out, lse, dout, *([] if dlse is None else [dlse]))
