@@ -48,8 +48,7 @@ from .hopper import (
     TILE,
     whole_rows,
 )
-from .pages import place_of_keys, stored
-from .schedule import place_of_split, section, tiles_of_split
+from .schedule import place_of, section
 from .tables import never_masked, table
 from .terms import folded_scale, keep_fn, logit_fn, may_hide, Place, terms_of, visible_fn
 from .turns import Turns
@@ -59,16 +58,12 @@ from .turns import Turns
 _TURN, _DONE, _TAKEN = 5, 8, 13
 
 
-def forward(
-    request: Request, blocks: Blocks, splits: int = 1
-) -> tuple[jax.Array, jax.Array]:
-    """`(out, lse)`, as of a mechanism; `out` is in the result's dtype. Or as many partials
-    as there are `splits` of each row's tiles, one after another along the batch.
+def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
+    """`(out, lse)`, as of a mechanism; `out` is in the result's dtype.
 
     **Raises:** `NotElementwise` if a mask or a score does more than a kernel can.
     """
-    q = whole_rows(request.query)
-    (k, k_pages), (v, v_pages) = stored(request.key_), stored(request.value)
+    q, k, v = map(whole_rows, (request.query, request.key_, request.value))
     batch, q_len, heads, head_dim = request.query.shape
     value_dim = v.shape[-1]
     groups, dtype, result = request.groups, q.dtype, request.result_dtype
@@ -91,19 +86,23 @@ def forward(
     overlap = blocks.overlap and not hides
     factor = LOG2E * (1.0 if scale is None else scale)
     shape = (blocks.query, blocks.key)
-    place_of = place_of_split(batch, heads, rows, section(request) * groups, splits)
+    order = place_of(batch, heads, rows, section(request) * groups)
     held, stays = operands(request, blocks, head_dim, value_dim)
 
     def row_of(b, h, i):
         return tiles.at(b, lax.div(h, groups) if groups > 1 else h, i)
 
-    pieces = batch * heads * rows * splits
-    turns = Turns.of(pieces, alike=splits > 1) if stays else Turns(pieces, pieces)
-    counter, pages = turns.arrays, [*k_pages, *v_pages]
+    def row_at(piece):
+        """The last rows come first: under a causal mask, they are the longest."""
+        b, h, i = order(piece)
+        return b, h, rows - 1 - i
+
+    pieces = batch * heads * rows
+    turns = Turns.of(pieces) if stays else Turns(pieces, pieces)
+    counter = turns.arrays
 
     def kernel(q_ref, k_ref, v_ref, columns_ref, full_ref, some_ref, *refs):
         turn_refs, refs = refs[: len(counter)], refs[len(counter) :]
-        page_refs, refs = refs[: len(pages)], refs[len(pages) :]
         *inputs, out_ref, lse_ref = refs[: terms.count + 2]
         first, v_smem, lse_smem, small_smem, *barriers = refs[terms.count + 2 :]
         (q_smem, k_smem), (out_smem,) = first
@@ -111,9 +110,6 @@ def forward(
         turn_refs, wg = [*turn_refs, *of_turns], lax.axis_index("warpgroup")
         zero, bad_smem = jnp.int32(0), small_smem.at[pl.ds(0, blocks.key)]
         numbers = small_smem.at[pl.ds(blocks.key, 2)]
-
-        def reach(row, split):
-            return tiles_of_split(full_ref[row], some_ref[row], split, splits)
 
         def give_turn():
             arrive(_TURN + lax.rem(wg + 1, warpgroups), 2 * THREADS)
@@ -125,16 +121,16 @@ def forward(
             return pl.ds(i * blocks.rows + wg * blocks.query, blocks.query)
 
         def fetch_queries(piece):
-            b, h, i, _ = place_of(piece)
+            b, h, i = row_at(piece)
             source = q_ref.at[b, mine(i), h]
             plgpu.copy_gmem_to_smem(source, q_smem.at[wg], q_ready.at[wg])
 
         def compute(state):
             """The row of tiles of one round; `done` is how many tiles were before it."""
             n, piece, done = state
-            b, h, i, split = place_of(piece)
+            b, h, i = row_at(piece)
             row = row_of(b, h, i)
-            before, whole, some = reach(row, split)
+            whole, some = full_ref[row], some_ref[row]
             q_base = i * blocks.rows + wg * blocks.query
             given = terms.given(inputs)
             place = Place(b, h, q_base, 0, shape)
@@ -145,7 +141,7 @@ def forward(
                 use = [n for n in given if masked or n != "visible"]
                 if not use:
                     return None, {}
-                k_base = columns_ref[(*row, before + t)] * blocks.key
+                k_base = columns_ref[(*row, t)] * blocks.key
                 here = place._replace(key=k_base)
                 return k_base, {n: given[n].load(here, held[n]) for n in use}
 
@@ -271,8 +267,7 @@ def forward(
                 pl.when(whole < some)(ft.partial(await_key, whole))
                 take_turn()
             else:
-                there = pl.when(some > 0) if splits > 1 else lambda fn: fn()
-                there(ft.partial(await_key, 0))
+                await_key(0)
                 take_turn()
                 carry = lax.fori_loop(0, whole, ft.partial(one_by_one, False), empty)
             if may_mask:
@@ -291,12 +286,11 @@ def forward(
             else:
                 # The other warpgroup may still read what this overwrites.
                 sync(_DONE, warpgroups * THREADS)
-            to = split * batch + b
             out_smem[wg] = out
             lse_smem[wg] = lse
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out_smem.at[wg], out_ref.at[to, mine(i), h])
-            plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[to, h, mine(i)])
+            plgpu.copy_smem_to_gmem(out_smem.at[wg], out_ref.at[b, mine(i), h])
+            plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[b, h, mine(i)])
 
             return n + 1, following, done + some
 
@@ -316,27 +310,24 @@ def forward(
         def copy(state):
             n, piece, done = state
             following = turns.take(turn_refs, numbers, n + 1, piece, _TAKEN)
-            b, h, i, split = place_of(piece)
+            b, h, i = row_at(piece)
             row = row_of(b, h, i)
-            before, _, some = reach(row, split)
+            some = some_ref[row]
             kv_head = lax.div(h, groups) if groups > 1 else h
 
             def load(t, _):
                 slot = lax.rem(done + t, stages)
-                k_base = columns_ref[(*row, before + t)] * blocks.key
+                keys = (b, pl.ds(columns_ref[(*row, t)] * blocks.key, blocks.key), kv_head)
 
-                def one(ref, pages, smem, ready, free):
-                    keys = (*place_of_keys(ref, pages, b, k_base, blocks.key), kv_head)
-
+                def one(ref, smem, ready, free):
                     @pl.when(done + t >= stages)
                     def _():
                         plgpu.barrier_wait(free.at[slot])
 
                     plgpu.copy_gmem_to_smem(ref.at[keys], smem.at[slot], ready.at[slot])
 
-                k_table, v_table = page_refs[: len(k_pages)], page_refs[len(k_pages) :]
-                one(k_ref, k_table, k_smem, k_ready, k_free)
-                one(v_ref, v_table, v_smem, v_ready, v_free)
+                one(k_ref, k_smem, k_ready, k_free)
+                one(v_ref, v_smem, v_ready, v_free)
 
             lax.fori_loop(0, some, load, None)
             return n + 1, following, done + some
@@ -355,8 +346,8 @@ def forward(
         turns.programs,
         warpgroups,
         out_type=(
-            jax.ShapeDtypeStruct((splits * batch, *q.shape[1:3], value_dim), result),
-            jax.ShapeDtypeStruct((splits * batch, heads, rows * blocks.rows), jnp.float32),
+            jax.ShapeDtypeStruct((*q.shape[:3], value_dim), result),
+            jax.ShapeDtypeStruct((batch, heads, rows * blocks.rows), jnp.float32),
         ),
         scratch_types=(
             held,
@@ -370,5 +361,5 @@ def forward(
             free,
             *turns.scratch(warpgroups),
         ),
-    )(q, k, v, *tiles, *counter, *pages, *terms.arrays)
+    )(q, k, v, *tiles, *counter, *terms.arrays)
     return out[:, :q_len], lse[..., :q_len].swapaxes(1, 2)

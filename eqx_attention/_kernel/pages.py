@@ -6,19 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 
 from .._keys import Paged, Quantized
 from .hopper import whole_rows
-
-
-def stored(x: Any) -> tuple[Any, list[jax.Array]]:
-    """The array that holds keys or values, and the table of pages, if there is one."""
-    if not isinstance(x, Paged):
-        return whole_rows(x), []
-    last = x.pool.shape[0] - 1
-    # Numbers that are no page's are of tokens that nothing sees.
-    return x.pool, [jnp.clip(x.table.astype(jnp.int32), 0, last)]
 
 
 def unfit(name: str, x: Any, tokens: int = 64, channels: int = 64) -> tuple[str, ...]:
@@ -39,7 +29,8 @@ def unfit(name: str, x: Any, tokens: int = 64, channels: int = 64) -> tuple[str,
 
 
 def pages_of(x: Any) -> tuple[Any, list[jax.Array]]:
-    """As `stored`, but the table as it is: see `start_of_keys`."""
+    """The array that holds keys or values, and the table of pages, if there is one, as it
+    is: see `start_of_keys`."""
     if not isinstance(x, Paged):
         return whole_rows(x), []
     return x.pool, [x.table.astype(jnp.int32)]
@@ -59,12 +50,3 @@ def start_of_keys(ref: Any, pages: Sequence[Any], page: Any, first: Any) -> tupl
     count, page_size = ref.shape[:2]
     # Numbers that are no page's are of tokens that nothing sees.
     return jnp.clip(page, 0, count - 1), lax.rem(first, page_size)
-
-
-def place_of_keys(ref: Any, pages: Sequence[Any], b: Any, first: Any, size: int) -> tuple:
-    """In the kernel: where `size` tokens of a batch element are, from `first` on."""
-    if not pages:
-        return b, pl.ds(first, size)
-    page_size = ref.shape[1]
-    page = pages[0][b, lax.div(first, page_size)]
-    return page, pl.ds(lax.rem(first, page_size), size)

@@ -21,7 +21,7 @@ class Turns(NamedTuple):
 
     Either each of these takes the next piece when it is free to, from a number in global
     memory: what takes longer than was thought, or begins later, as another kernel has the
-    multiprocessor, then does less. Or each does every so manieth piece.
+    multiprocessor, then does less. Or there is one piece for each.
 
     The warpgroup that copies takes pieces, and tells those that compute.
     """
@@ -31,13 +31,11 @@ class Turns(NamedTuple):
     taken: bool = False
 
     @staticmethod
-    def of(pieces: int, alike: bool) -> "Turns":
-        """One block of threads a multiprocessor. `alike`: whether pieces are all of one
-        size, so that nothing is to be balanced."""
+    def of(pieces: int) -> "Turns":
+        """One block of threads a multiprocessor."""
         programs = num_multiprocessors()
-        if pieces <= programs:
-            return Turns(pieces, pieces)
-        return Turns(pieces, programs, not alike)
+        few = pieces <= programs
+        return Turns(pieces, pieces) if few else Turns(pieces, programs, taken=True)
 
     @property
     def arrays(self) -> list[Any]:
