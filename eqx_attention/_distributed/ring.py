@@ -74,7 +74,8 @@ class Ring(AbstractMechanism):
             says so too, but exchanges halves between the devices, there and back, where
             the mask makes unequal work.
         - `scan`: whether the hops between the first and the last are one loop; otherwise
-            each has code of its own. Default `True`.
+            each has code of its own, which on four H200 was 6 % faster at 32,768 tokens
+            and 5 % slower at 131,072, forward. Default `True`.
 
         **Raises:** `ValueError` for a name or a layout that there is not.
         """

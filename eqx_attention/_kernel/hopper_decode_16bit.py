@@ -21,13 +21,14 @@ from .._mechanism.base import Request
 from .._mechanism.packed import packed
 from .head_rows import fetch_rows, HeadRows, pairs_of, write_rows
 from .hidden_values import replace_nan
-from .hopper import along, fence, full, launch, LOG2E, ROW, smem, sync, THREADS, TILE
+from .hopper import along, fence, launch, smem, sync, THREADS
 from .merge_rows import is_last, merge_rows
 from .pages import page_of, pages_of, start_of_keys
 from .row_tiles import row_tiles, schedule_of
 from .schedule import place_of_split, section, tiles_of_split
+from .softmax import Softmax
 from .tables import never_masked
-from .terms import folded_scale, keep_fn, logit_fn, may_hide, Place, terms_of, visible_fn
+from .terms import folded_scale, keep_fn, logit_fn, Place, terms_of, visible_fn
 
 
 # Of the 16 named barriers of a block, Mosaic GPU uses the first ones.
@@ -76,8 +77,8 @@ def forward_16bit(
         "logit": logit_fn if scale is None else None,
         "keep": keep_fn if rows.pairs.dropout is not None else None,
     }
-    terms, hides = terms_of(rows, block_q, block_k, fns), may_hide(rows)
-    factor, shape = LOG2E * (1.0 if scale is None else scale), (block_q, block_k)
+    terms, shape = terms_of(rows, block_q, block_k, fns), (block_q, block_k)
+    soft = Softmax.of(rows, shape, scale)
     place = place_of_split(batch, heads, count, section(rows), splits)
     q_type = smem((block_q, head_dim), dtype)
     schedule = schedule_of(tiles, batch * heads * count * splits, place, _START)
@@ -121,22 +122,10 @@ def forward_16bit(
                 return k_base, {n: given[n].load(here, held[n]) for n in use}
 
             def softmax(masked, products, loaded, top, total):
-                """Unnormalised weights, for the matrix units; the new maxima and sums; and
-                by how much the old ones shrink."""
                 k_base, loaded = loaded
                 here = place._replace(key=k_base)
                 at = {n: given[n].at(xs, here) for n, xs in loaded.items()}
-                logits = at["logit"](0, products) if "logit" in at else products
-                if "visible" in at:
-                    logits = jnp.where(at["visible"](), logits, -jnp.inf)
-                new = jnp.maximum(top, logits.max(axis=1) * factor)
-                base = jnp.where(new == -jnp.inf, 0.0, new) if masked or hides else new
-                decay = jnp.exp2(top - base)
-                weights = jnp.exp2(logits * factor - along(base, shape, 0))
-                total = total * decay + weights.sum(axis=1)
-                if "keep" in at:
-                    weights = jnp.where(at["keep"](), weights, 0.0)
-                return weights.astype(dtype), new, total, decay
+                return soft(masked, at, products, top, total)
 
             def one(masked, t, carry):
                 out, top, total = carry
@@ -154,7 +143,7 @@ def forward_16bit(
                 weights, top, total, decay = softmax(masked, products, loaded, top, total)
                 out = out * along(decay, out.shape, 0)
                 plgpu.barrier_wait(v_ready.at[slot])
-                if masked or hides:
+                if masked or soft.hides:
                     total = replace_nan(v_smem.at[slot], bad_smem, weights, total, 1)
 
                 def attended(acc):
@@ -164,19 +153,11 @@ def forward_16bit(
                 plgpu.barrier_arrive(v_free.at[slot])
                 return out, top, total
 
-            carry = (
-                full((block_q, value_dim), 0.0, TILE),
-                full((block_q,), -jnp.inf, ROW),
-                full((block_q,), 0.0, ROW),
-            )
+            carry = soft.empty(value_dim)
             carry = lax.fori_loop(0, whole, ft.partial(one, False), carry)
             if may_mask:
                 carry = lax.fori_loop(whole, some, ft.partial(one, True), carry)
-            out, top, total = carry
-            lse = jnp.where(total == 0, -jnp.inf, (top + jnp.log2(total)) * (1 / LOG2E))
-            kept = 1 - rows.pairs.dropout.rate if rows.pairs.dropout else 1.0
-            inverse = 1 / (jnp.where(total == 0, 1.0, total) * kept)
-            out = out * along(inverse, out.shape, 0)
+            out, lse = soft.normalised(carry)
             if not each_split:
                 write_rows(*final, out.astype(result), lse, (b, i * block_q, h), own)
                 return done + some

@@ -38,19 +38,16 @@ from .hidden_values import replace_nan
 from .hopper import (
     along,
     arrive,
-    full,
     launch,
-    LOG2E,
-    ROW,
     smem,
     sync,
     THREADS,
-    TILE,
     whole_rows,
 )
 from .schedule import place_of, section
+from .softmax import Softmax
 from .tables import never_masked, table
-from .terms import folded_scale, keep_fn, logit_fn, may_hide, Place, terms_of, visible_fn
+from .terms import folded_scale, keep_fn, logit_fn, Place, terms_of, visible_fn
 from .turns import Turns
 
 
@@ -82,10 +79,9 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
             "keep": keep_fn if request.pairs.dropout is not None else None,
         },
     )
-    hides = may_hide(request)
-    overlap = blocks.overlap and not hides
-    factor = LOG2E * (1.0 if scale is None else scale)
     shape = (blocks.query, blocks.key)
+    soft = Softmax.of(request, shape, scale)
+    overlap = blocks.overlap and not soft.hides
     order = place_of(batch, heads, rows, section(request) * groups)
     held, stays = operands(request, blocks, head_dim, value_dim)
 
@@ -146,22 +142,10 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
                 return k_base, {n: given[n].load(here, held[n]) for n in use}
 
             def softmax(masked, products, loaded, top, total):
-                """Unnormalised weights, for the matrix units; the new maxima and sums; and
-                by how much the old ones shrink."""
                 k_base, loaded = loaded
                 here = place._replace(key=k_base)
                 at = {n: given[n].at(xs, here) for n, xs in loaded.items()}
-                logits = at["logit"](0, products) if "logit" in at else products
-                if "visible" in at:
-                    logits = jnp.where(at["visible"](), logits, -jnp.inf)
-                new = jnp.maximum(top, logits.max(axis=1) * factor)
-                base = jnp.where(new == -jnp.inf, 0.0, new) if masked or hides else new
-                decay = jnp.exp2(top - base)
-                weights = jnp.exp2(logits * factor - along(base, shape, 0))
-                total = total * decay + weights.sum(axis=1)
-                if "keep" in at:
-                    weights = jnp.where(at["keep"](), weights, 0.0)
-                return weights.astype(dtype), new, total, decay
+                return soft(masked, at, products, top, total)
 
             def one_by_one(masked, t, carry):
                 """One tile: its logits, softmax and output, one after another, while
@@ -185,7 +169,7 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
                     (out, weights, top, total)
                 )
                 plgpu.barrier_wait(v_ready.at[slot])
-                if masked or hides:
+                if masked or soft.hides:
                     args = (v_smem.at[slot], bad_smem, weights, total, warpgroups)
                     total = replace_nan(*args)
                 take_turn()
@@ -253,11 +237,7 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
                 plgpu.barrier_arrive(v_free.at[last])
                 return out, top, total
 
-            empty = (
-                full((blocks.query, value_dim), 0.0, TILE),
-                full((blocks.query,), -jnp.inf, ROW),
-                full((blocks.query,), 0.0, ROW),
-            )
+            empty = soft.empty(value_dim)
             plgpu.barrier_wait(q_ready.at[wg])
             if overlap:
                 whole_out = (blocks.query, value_dim)
@@ -276,11 +256,8 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
             more = turns.left(following)
             pl.when((wg < warpgroups - 1) | more)(give_turn)
             pl.when(more)(ft.partial(fetch_queries, following))
-            out, top, total = carry
-            lse = jnp.where(total == 0, -jnp.inf, (top + jnp.log2(total)) * (1 / LOG2E))
-            kept = 1 - request.pairs.dropout.rate if request.pairs.dropout else 1.0
-            inverse = 1 / (jnp.where(total == 0, 1.0, total) * kept)
-            out = (out * along(inverse, out.shape, 0)).astype(result)
+            out, lse = soft.normalised(carry)
+            out = out.astype(result)
             if stays:
                 plgpu.wait_smem_to_gmem(0)  # that of the round before
             else:
