@@ -76,4 +76,5 @@ class Softmax(NamedTuple):
         out, top, total = state
         lse = jnp.where(total == 0, -jnp.inf, (top + jnp.log2(total)) * (1 / LOG2E))
         inverse = 1 / (jnp.where(total == 0, 1.0, total) * (1 - self.rate))
-        return out * along(inverse, out.shape, 0), lse
+        rows, channels = out.shape
+        return out * along(inverse, (rows, channels), 0), lse
