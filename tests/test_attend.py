@@ -211,6 +211,26 @@ def test_rows_that_see_nothing(name):
     assert (jax.grad(loss, argnums=3)(Q, K, V, sinks) == 4).all()
 
 
+def _first_is_hidden(logit, q_pos, kv_pos, head, q_feature, kv_feature, params):
+    return jnp.where(q_pos == 0, -jnp.inf, logit)
+
+
+@pytest.mark.parametrize("name", list(MECHANISMS))
+@pytest.mark.parametrize("positions", ["start", jnp.arange(Q.shape[1])])
+def test_rows_of_which_a_score_hides_all_have_no_part_in_gradients(name, positions):
+    score = eqa.ScoreFn(_first_is_hidden)
+
+    def fn(q, k, v):
+        return eqa.attend(
+            q, k, v, score=score, q_positions=positions, mechanism=MECHANISMS[name]
+        )
+
+    out, pull = jax.vjp(fn, Q, K, V)
+    dout = jnp.ones_like(out)
+    expected = pull(dout.at[:, 0].set(0))
+    assert_close(pull(dout.at[:, 0].set(jnp.nan)), expected, 0)
+
+
 @pytest.mark.parametrize("name", list(MECHANISMS))
 @pytest.mark.parametrize("score", [(), eqa.SoftCap(2.0), eqa.ALiBi.standard(4)])
 def test_keys_that_are_not_seen_may_hold_nan(name, score):

@@ -174,8 +174,10 @@ def test_tiles_that_are_counted(kv_len):
             assert len(set(first)) == len(first)
             assert set(first) >= {n for n, x in enumerate(parts) if x.any()}
     keys_of = eqa.Keys(jnp.ones((size, kv_len), bool))
-    request = make_request(query, keys, keys, mask=some & keys_of)
-    assert isinstance(row_tiles(request, 2, 64), Listed)
+    wide = eqa.SlidingWindow(3, 2**31 - 2)  # Which positions are not to be added to.
+    for mask in (some & keys_of, wide, eqa.Causal(2**30)):
+        request = make_request(query, keys, keys, mask=mask, q_positions=last)
+        assert isinstance(row_tiles(request, 2, 64), Listed)
 
 
 def _tokens(channels=64, tokens=128):

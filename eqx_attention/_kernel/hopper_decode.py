@@ -1,6 +1,6 @@
 """Few queries over many keys, on Hopper: a kernel with all query heads that read one key
-head in the rows of one tile, and with the keys of each row in several splits. It is the
-forward kernel, or, for keys in 8 bits, one of their own."""
+head in the rows of one tile, and with the keys of each row in several splits. There is
+one for keys in 16 bits, and one for those in 8."""
 
 from jaxtyping import Array
 

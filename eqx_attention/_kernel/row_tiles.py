@@ -1,6 +1,7 @@
 """Which tiles of keys a row of tiles has, as a kernel finds them: from lists, or, where
 queries see one run of keys, from where that starts and ends."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,10 @@ from .._mask import AbstractMask, And, Causal, Full, Padding, SlidingWindow, spa
 from .._mechanism.base import Request
 from .schedule import in_turn, Schedule
 from .tables import Table, table
+
+
+# Positions are added to how far a mask reaches, in 32 bits.
+_LARGEST = 2**30
 
 
 class Listed(NamedTuple):
@@ -131,6 +136,8 @@ def _counted(request: Request, block_q: int, block_k: int) -> Counted | None:
     if not by_position:
         return Counted(lengths, (), None, kv_len, block_k)
     least, most = (x - pairs.kv.shift for x in span(pairs.mask))
+    if any(_LARGEST <= abs(x) < math.inf for x in (least, most)):
+        return None
     return Counted(lengths, _ends(request, block_q), (least, most), kv_len, block_k)
 
 

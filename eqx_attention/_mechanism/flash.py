@@ -133,6 +133,8 @@ def kernels_unsupported(request: Request) -> tuple[str, ...]:
     if version_of_jax() < _OLDEST_JAX:
         oldest = ".".join(map(str, _OLDEST_JAX))
         reasons.append(f"it needs jax {oldest} or later, not {jax.__version__}")
+    if jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
+        reasons.append("it counts in 32 bits, and jax_enable_x64 is set")
     reasons += wider_than_16_bits(request.query, request.key_, request.value)
     reasons += heads_unsupported(request, _LARGEST)
     if not reasons:

@@ -75,6 +75,8 @@ def seen_rows(
 def _never_empty(request: Request) -> bool:
     """Whether it is known at trace time that each query sees a key."""
     pairs, (q_len, kv_len) = request.pairs, request.lengths
+    if not all(isinstance(score, ALiBi | SoftCap) for score in pairs.score):
+        return False
     counted = pairs.q.counted and pairs.kv.counted
     if not counted or pairs.q.shift != pairs.kv.shift:
         return isinstance(pairs.mask, Full)
@@ -90,6 +92,4 @@ def _never_empty(request: Request) -> bool:
                 return True
         return False
 
-    return all(map(sees_own, parts)) and not any(
-        not isinstance(s, ALiBi | SoftCap) for s in pairs.score
-    )
+    return all(map(sees_own, parts))

@@ -144,6 +144,7 @@ def _merge(x: Bool[Array, "..."], grid: Grid, op) -> Bool[Array, "..."]:
 _COUNTED = 256
 
 
+@jax.jit  # Where it is computed at trace time, not one intermediate after another.
 def by_rank(rank: Int[Array, "... columns"]) -> Int[Array, "... columns"]:
     """The columns of each row by their rank, those of the same rank in order.
 
