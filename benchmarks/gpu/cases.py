@@ -78,6 +78,8 @@ def _lookups(*lengths: int):
 # What each mechanism is expected to support: name -> (mechanisms, shape, options). A shape
 # is (batch, q_len, kv_len, q_heads, kv_heads, head_dim, value_dim).
 _SHAPE = (2, 512, 512, 4, 2, 128, 128)
+# More rows of tiles than there are multiprocessors.
+_MANY = (1, 2048, 2048, 16, 4, 128, 128)
 ALL = tuple(MECHANISMS)
 C = eqa.Causal
 SUPPORT: dict[str, tuple[tuple[str, ...], tuple[int, ...], Any]] = {
@@ -87,6 +89,7 @@ SUPPORT: dict[str, tuple[tuple[str, ...], tuple[int, ...], Any]] = {
     "causal float32": ((), _SHAPE, lambda: {"mask": C(), "dtype": "float32"}),
     "causal lse": (BOTH, _SHAPE, lambda: {"mask": C(), "return_lse": True}),
     "causal ragged": (ALL, (2, 1000, 777, 4, 2, 128, 128), lambda: {"mask": C()}),
+    "causal, many rows": (BOTH, _MANY, lambda: {"mask": C()}),
     "prime": (BOTH, (1, 509, 257, 3, 3, 128, 128), lambda: {"mask": C()}),
     "one query": (BOTH, (2, 1, 300, 4, 1, 128, 128), dict),
     "one key": (BOTH, (2, 300, 1, 4, 1, 128, 128), dict),
@@ -149,6 +152,11 @@ SUPPORT: dict[str, tuple[tuple[str, ...], tuple[int, ...], Any]] = {
     ),
     "predicate": ((FLASH,), _SHAPE, lambda: {"mask": eqa.Predicate(_every_third)}),
     "alibi": ((FLASH,), _SHAPE, lambda: {"mask": C(), "score": eqa.ALiBi.standard(4)}),
+    "alibi, far apart": (
+        (FLASH,),
+        _MANY,
+        lambda: {"mask": C(), "score": eqa.ALiBi.standard(16)},
+    ),
     "soft-cap": ((FLASH,), _SHAPE, lambda: {"mask": C(), "score": eqa.SoftCap(3.0)}),
     "score function": (
         (FLASH,),
