@@ -11,33 +11,28 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from .._axes import ceil_div
-from .hopper import THREADS, TILE
+from .assembly import i32, SCALAR, THREADS
+from .hopper import TILE
 
 
-_SCALAR = plgpu.Layout.WG_SPLAT(())
 _BITS = 32
-
-
-def _i32(value: int) -> Any:
-    i32 = ir.IntegerType.get_signless(32)
-    return arith.constant(i32, ir.IntegerAttr.get(i32, value - (value >> 31 << 32)))
 
 
 def packed(flags: jax.Array) -> tuple[jax.Array, ...]:
     """The booleans of a tile, as words that are each thread's own. They are computed here,
     and not where they are used."""
     words = ceil_div(flags.size, THREADS * _BITS)
-    word = plgpu.ShapeDtypeStruct((), jnp.int32, layout=_SCALAR)
+    word = plgpu.ShapeDtypeStruct((), jnp.int32, layout=SCALAR)
 
     @plgpu.inline_mgpu(arg_types=(TILE,), return_type=(word,) * words)
     def pack(_, flags):
-        out: list[Any] = [_i32(0)] * words
+        out: list[Any] = [i32(0)] * words
         n = 0
         for register in flags.registers.flat:
             (size,) = ir.VectorType(register.type).shape
             for m in range(size):
                 flag = vector.extract(register, dynamic_position=[], static_position=[m])
-                bit = arith.select(flag, _i32(1 << n % _BITS), _i32(0))
+                bit = arith.select(flag, i32(1 << n % _BITS), i32(0))
                 out[n // _BITS] = arith.ori(out[n // _BITS], bit)
                 n += 1
         here: list[Any] = [
@@ -53,14 +48,14 @@ def where(words: tuple[jax.Array, ...], x: jax.Array, y: jax.Array) -> jax.Array
     """`x` where a tile's booleans are true, else `y`."""
 
     @plgpu.inline_mgpu(
-        arg_types=((_SCALAR,) * len(words), TILE, TILE),
+        arg_types=((SCALAR,) * len(words), TILE, TILE),
         return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=TILE),
     )
     def choose(_, words, x, y):
         def bit(n):
-            mask = _i32(1 << n % _BITS)
+            mask = i32(1 << n % _BITS)
             found = arith.andi(words[n // _BITS].registers[()], mask)
-            return arith.cmpi(arith.CmpIPredicate.ne, found, _i32(0))
+            return arith.cmpi(arith.CmpIPredicate.ne, found, i32(0))
 
         n, out = 0, np.empty_like(x.registers)
         for at, register in np.ndenumerate(x.registers):

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from .._keys import Paged, Quantized
-from .hopper import THREADS, whole_rows
+from .assembly import address, i32, integer, numbers, pointer, SCALAR, warp_and_lane
+from .hopper import whole_rows
 from .pages import page_of, start_of_keys
 
 
@@ -57,31 +57,12 @@ def unfit(name: str, x: Any) -> tuple[str, ...]:
     return tuple(reasons)
 
 
-def i32() -> Any:
-    return ir.IntegerType.get_signless(32)
-
-
-def number(x: int, kind: Any = None) -> Any:
-    return arith.constant(i32() if kind is None else kind, x)
-
-
-def warp_and_lane() -> tuple[Any, Any]:
-    """The number of a warp in its warpgroup, and of a thread in its warp."""
-    thread = arith.remui(utils.thread_idx(), number(THREADS))
-    return arith.divui(thread, number(32)), arith.remui(thread, number(32))
-
-
-def address(ref: Any) -> Any:
-    """Of shared memory, in bytes."""
-    return llvm.ptrtoint(i32(), utils.memref_ptr(ref))
-
-
 def own_key(n: Any) -> Any:
     """Of a tile, the n-th of the 16 keys that a warp has: 8 of each 32."""
     warp, _ = warp_and_lane()
-    half, rest = arith.divui(n, number(8)), arith.remui(n, number(8))
-    start = arith.addi(arith.muli(warp, number(8)), rest)
-    return arith.addi(start, arith.muli(half, number(TOKENS // 2)))
+    half, rest = arith.divui(n, i32(8)), arith.remui(n, i32(8))
+    start = arith.addi(arith.muli(warp, i32(8)), rest)
+    return arith.addi(start, arith.muli(half, i32(TOKENS // 2)))
 
 
 def find_nan(narrow: Any, transforms: tuple, scales: Any) -> None:
@@ -93,19 +74,19 @@ def find_nan(narrow: Any, transforms: tuple, scales: Any) -> None:
         void = ir.Type.parse("!llvm.void")
         _, blocks, lines, width = ir.MemRefType(narrow.type).shape
         _, lane = warp_and_lane()
-        key_, half = arith.remui(lane, number(16)), arith.divui(lane, number(16))
+        key_, half = arith.remui(lane, i32(16)), arith.divui(lane, i32(16))
         key_ = own_key(key_)
-        group, line = arith.divui(key_, number(lines)), arith.remui(key_, number(lines))
-        start = arith.muli(group, number(blocks * lines * width))
-        start = arith.addi(start, arith.muli(line, number(width)))
+        group, line = arith.divui(key_, i32(lines)), arith.remui(key_, i32(lines))
+        start = arith.muli(group, i32(blocks * lines * width))
+        start = arith.addi(start, arith.muli(line, i32(width)))
         start = arith.addi(address(narrow), start)
-        found: Any = number(0)
+        found: Any = i32(0)
         for n in range(blocks * width // 32):
             block, within = divmod(n * 32, width)
             # Another order for each row: then few threads read the same bank.
-            place = arith.addi(half, number(within // 16))
-            place = arith.xori(place, arith.remui(line, number(width // 16)))
-            at = arith.addi(start, arith.muli(place, number(16)))
+            place = arith.addi(half, i32(within // 16))
+            place = arith.xori(place, arith.remui(line, i32(width // 16)))
+            at = arith.addi(start, arith.muli(place, i32(16)))
             code = """{
                 .reg .b32 x<4>;
                 ld.shared.v4.b32 {x0, x1, x2, x3}, [$1 + OFFSET];
@@ -124,9 +105,9 @@ def find_nan(narrow: Any, transforms: tuple, scales: Any) -> None:
             }"""
             code = code.replace("OFFSET", str(block * lines * width))
             found = llvm.inline_asm(
-                i32(), [at, found], code, "=r,r,r", has_side_effects=True
+                integer(32), [at, found], code, "=r,r,r", has_side_effects=True
             )
-        to = arith.addi(address(scales), arith.muli(key_, number(4)))
+        to = arith.addi(address(scales), arith.muli(key_, i32(4)))
         code = """{
             .reg .b32 x;
             .reg .pred bad;
@@ -148,33 +129,28 @@ def fetch_scales(to: Any, key_: tuple, value: tuple, head: Any) -> None:
     heads)`, in global memory, and the first token. Beyond the end, the last one is read.
     """
 
-    @plgpu.inline_mgpu(
-        arg_types=(*3 * (plgpu.RefType(),), *3 * (plgpu.Layout.WG_SPLAT(()),))
-    )
+    @plgpu.inline_mgpu(arg_types=(*3 * (plgpu.RefType(),), *3 * (SCALAR,)))
     def copy(_, to, key_, value, k_first, v_first, head):
-        i64, void = ir.IntegerType.get_signless(64), ir.Type.parse("!llvm.void")
+        void = ir.Type.parse("!llvm.void")
         _, lane = warp_and_lane()
-        which, own = arith.divui(lane, number(16)), own_key(arith.remui(lane, number(16)))
-        is_key = arith.cmpi(arith.CmpIPredicate.eq, which, number(0))
+        which, own = arith.divui(lane, i32(16)), own_key(arith.remui(lane, i32(16)))
+        is_key = arith.cmpi(arith.CmpIPredicate.eq, which, i32(0))
 
         def place_of(ref, first):
             tokens, heads = ir.MemRefType(ref.type).shape
             token = arith.addi(first.registers[()], own)
-            token = arith.minsi(token, number(tokens - 1))
-            place = arith.addi(arith.muli(token, number(heads)), head.registers[()])
-            start = llvm.ptrtoint(i64, utils.memref_ptr(ref))
-            width = number(4, i64)
-            return arith.addi(start, arith.muli(arith.extui(i64, place), width))
+            token = arith.minsi(token, i32(tokens - 1))
+            place = arith.addi(arith.muli(token, i32(heads)), head.registers[()])
+            return pointer(ref, place, 4)
 
         source = arith.select(is_key, place_of(key_, k_first), place_of(value, v_first))
-        place = arith.addi(arith.muli(which, number(TOKENS)), own)
-        target = arith.addi(address(to), arith.muli(place, number(4)))
+        place = arith.addi(arith.muli(which, i32(TOKENS)), own)
+        target = arith.addi(address(to), arith.muli(place, i32(4)))
         code = "cp.async.ca.shared.global [$0], [$1], 4; cp.async.commit_group;"
         llvm.inline_asm(void, [target, source], code, "r,l", has_side_effects=True)
 
     (k_ref, k_first), (v_ref, v_first) = key_, value
-    numbers = (jnp.asarray(x, jnp.int32) for x in (k_first, v_first, head))
-    copy(to, k_ref, v_ref, *numbers)
+    copy(to, k_ref, v_ref, *numbers(k_first, v_first, head))
 
 
 def await_scales(later: int) -> None:

@@ -18,8 +18,22 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
-from .eight_bits import address, i32, number, TOKENS, warp_and_lane
-from .head_rows import HeadRows, less, pointer, store_if
+from .assembly import (
+    address,
+    element,
+    f32,
+    i32,
+    i64,
+    integer,
+    less,
+    numbers,
+    pointer,
+    SCALAR,
+    store_if,
+    warp_and_lane,
+)
+from .eight_bits import TOKENS
+from .head_rows import HeadRows
 
 
 # Of 8 rows and 32 columns: a warp has 8 columns, a thread 2 of one row.
@@ -68,16 +82,16 @@ class _Widen:
         self.float8 = dtype == jnp.uint8
         self.code = _FLOAT8 if self.float8 else _INT8
         if self.float8:
-            self.other = number(_LARGE)
+            self.other = i32(_LARGE)
         else:  # 0x43, and the compiler does not know it: then it stays in a register.
             code = "{ .reg .b32 z; mov.b32 z, %ctaid.z; or.b32 $0, z, 0x43; }"
-            self.other = llvm.inline_asm(i32(), [], code, "=r")
+            self.other = llvm.inline_asm(integer(32), [], code, "=r")
 
     def __call__(self, word: Any, first: int, second: int) -> Any:
         top = (8 + first, 8 + second) if self.float8 else (4, 4)
         select = hex(first | top[0] << 4 | second << 8 | top[1] << 12)
         code = self.code.replace("SELECT", select)
-        return llvm.inline_asm(i32(), [word, self.other], code, "=r,r,r")
+        return llvm.inline_asm(integer(32), [word, self.other], code, "=r,r,r")
 
 
 def _struct(element: Any, count: int) -> Any:
@@ -90,24 +104,19 @@ def _parts(struct: Any, element: Any, count: int) -> list[Any]:
 
 def _multiply(acc: list[Any], a: list[Any], b: list[Any]) -> list[Any]:
     """`acc + a @ b` of a warp: 16 rows, 16 in the sum, 8 columns."""
-    f32 = ir.F32Type.get()
+    kind = ir.F32Type.get()
     code = (
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0, $1, $2, $3}, "
         "{$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
     )
     constraints = "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f"
-    out = llvm.inline_asm(_struct(f32, 4), [*a, *b, *acc], code, constraints)
-    return _parts(out, f32, 4)
-
-
-def _zero() -> Any:
-    f32 = ir.F32Type.get()
-    return arith.constant(f32, ir.FloatAttr.get(f32, 0.0))
+    out = llvm.inline_asm(_struct(kind, 4), [*a, *b, *acc], code, constraints)
+    return _parts(out, kind, 4)
 
 
 def _row_and_place(x: Any) -> list[Any]:
     """Of a thread: which of the 8 rows of a matrix it has, and its place there."""
-    return [arith.divui(x, number(4)), arith.remui(x, number(4))]
+    return [arith.divui(x, i32(4)), arith.remui(x, i32(4))]
 
 
 class _Matrices:
@@ -116,7 +125,7 @@ class _Matrices:
 
     def __init__(self, ref: Any, groups: tuple[Any, Any], transposed: bool):
         """`groups` are which 8 lines to read, and which 8 besides."""
-        i8 = ir.IntegerType.get_signless(8)
+        i8 = integer(8)
         kind = ir.MemRefType(ref.type)
         size = 1 if kind.element_type == i8 else 2
         _, blocks, lines, width = kind.shape
@@ -124,37 +133,35 @@ class _Matrices:
         assert lines == 8 and self.width in (64, 128)
         self.bytes = blocks * self.width  # of a line
         _, lane = warp_and_lane()
-        line, matrix = arith.remui(lane, number(8)), arith.divui(lane, number(8))
-        first = arith.cmpi(
-            arith.CmpIPredicate.eq, arith.remui(matrix, number(2)), number(0)
-        )
-        group = arith.muli(arith.select(first, *groups), number(8 * self.bytes))
+        line, matrix = arith.remui(lane, i32(8)), arith.divui(lane, i32(8))
+        first = arith.cmpi(arith.CmpIPredicate.eq, arith.remui(matrix, i32(2)), i32(0))
+        group = arith.muli(arith.select(first, *groups), i32(8 * self.bytes))
         # Where the copy engine puts a group of 16 bytes depends on the line.
-        shift = line if self.width == 128 else arith.divui(line, number(2))
-        shift = arith.remui(shift, number(self.width // 16))
-        place = arith.xori(arith.divui(matrix, number(2)), shift)
+        shift = line if self.width == 128 else arith.divui(line, i32(2))
+        shift = arith.remui(shift, i32(self.width // 16))
+        place = arith.xori(arith.divui(matrix, i32(2)), shift)
         start = arith.addi(address(ref), group)
-        start = arith.addi(start, arith.muli(line, number(self.width)))
-        self.start = arith.addi(start, arith.muli(place, number(16)))
+        start = arith.addi(start, arith.muli(line, i32(self.width)))
+        self.start = arith.addi(start, arith.muli(place, i32(16)))
 
     def read(self, n: int) -> list[Any]:
         """The n-th 32 bytes of each line: the first 16 of both groups, then the next."""
         block, within = divmod(n * 32, self.width)
-        at = arith.xori(self.start, number(within)) if within else self.start
+        at = arith.xori(self.start, i32(within)) if within else self.start
         code = (
             f"ldmatrix.sync.aligned.m8n8.x4{'.trans' * self.transposed}.shared.b16 "
             f"{{$0, $1, $2, $3}}, [$4 + {block * 8 * self.width}];"
         )
         out = llvm.inline_asm(
-            _struct(i32(), 4), [at], code, "=r,=r,=r,=r,r", has_side_effects=True
+            _struct(integer(32), 4), [at], code, "=r,=r,=r,=r,r", has_side_effects=True
         )
-        return _parts(out, i32(), 4)
+        return _parts(out, integer(32), 4)
 
 
 def _own(ref: Any, transposed: bool) -> _Matrices:
     """A warp's keys of a tile, or their values: of each 32, it has 8."""
     warp, _ = warp_and_lane()
-    return _Matrices(ref, (warp, arith.addi(warp, number(4))), transposed)
+    return _Matrices(ref, (warp, arith.addi(warp, i32(4))), transposed)
 
 
 def products(
@@ -171,10 +178,10 @@ def products(
         return_type=plgpu.ShapeDtypeStruct((rows, TOKENS), jnp.float32, layout=TILE),
     )
     def compute(_, q, k):
-        queries = _Matrices(q, (number(0), number(1)), False)
-        words, widen, f32 = _own(k, False), _Widen(dtype), ir.F32Type.get()
+        queries = _Matrices(q, (i32(0), i32(1)), False)
+        words, widen, zero = _own(k, False), _Widen(dtype), f32(0.0)
         # Of each 8 keys two sums, of even and of odd steps, as one waits for the last.
-        sums = [[[_zero()] * 4 for _ in range(2)] for _ in range(2)]
+        sums = [[[zero] * 4 for _ in range(2)] for _ in range(2)]
         for pair in range(channels // 32):
             read = words.read(pair)
             for parity in range(2):
@@ -184,7 +191,7 @@ def products(
                     b = [widen(word, x, x + 1) for x in (0, 2)]
                     sums[n][parity] = _multiply(sums[n][parity], a, b)
         whole = [[arith.addf(x, y) for x, y in zip(*both, strict=True)] for both in sums]
-        pairs = ir.VectorType.get((2,), f32)
+        pairs = ir.VectorType.get((2,), ir.F32Type.get())
         registers = np.empty((rows // 8, 2), object)
         for group in range(rows // 8):
             for n in range(2):
@@ -211,10 +218,10 @@ def add_values(
         return_type=plgpu.ShapeDtypeStruct(out.shape, jnp.float32, layout=OUT),
     )
     def compute(_, out, decay, weights, v):
-        words, widen, none = _own(v, True), _Widen(dtype), number(0)
-        by = [_element(x, 0) for x in decay.registers.flat]
+        words, widen, none = _own(v, True), _Widen(dtype), i32(0)
+        by = [element(x, 0) for x in decay.registers.flat]
         part = weights.registers.reshape(rows // 8, 2)
-        part = [[utils.bitcast(x, i32()) for x in xs] for xs in part]
+        part = [[utils.bitcast(x, integer(32)) for x in xs] for xs in part]
         low, high = part if rows == 16 else (part[0], [none] * 2)
         a = [low[0], high[0], low[1], high[1]]
         registers = out.registers.reshape(2, -1).copy()
@@ -223,7 +230,7 @@ def add_values(
         def step(column, b):
             acc = []
             for group in range(2):
-                both = [_element(registers[group, column], n) for n in range(2)]
+                both = [element(registers[group, column], n) for n in range(2)]
                 acc += (
                     [arith.mulf(x, by[group]) for x in both] if group < rows // 8 else both
                 )
@@ -248,10 +255,6 @@ def add_values(
     return compute(out, decay, weights, v)
 
 
-def _element(register: Any, place: int) -> Any:
-    return vector.extract(register, dynamic_position=[], static_position=[place])
-
-
 def _folded(x: jax.Array, fold: Any) -> jax.Array:
     """One number a row, of a tile or of rows."""
     rows, whole = x.shape[0], x.ndim == 2
@@ -265,7 +268,7 @@ def _folded(x: jax.Array, fold: Any) -> jax.Array:
         registers = []
         for group in x.registers.reshape(rows // 8, -1):
             (size,) = ir.VectorType(group[0].type).shape
-            elements = [_element(y, n) for y in group for n in range(size)]
+            elements = [element(y, n) for y in group for n in range(size)]
             registers.append(vector.from_elements(single, [fold(elements)]))
         layout = ROWS.to_mgpu()
         shape = layout.registers_shape((rows,))
@@ -277,10 +280,10 @@ def _folded(x: jax.Array, fold: Any) -> jax.Array:
 
 def _across(x: Any, combine: Any) -> Any:
     """Over the four threads that have a row."""
-    f32 = ir.F32Type.get()
+    kind = ir.F32Type.get()
     for distance in (1, 2):
         code = f"shfl.sync.bfly.b32 $0, $1, {distance}, 0x1f, 0xffffffff;"
-        other = llvm.inline_asm(f32, [x], code, "=f,f", has_side_effects=True)
+        other = llvm.inline_asm(kind, [x], code, "=f,f", has_side_effects=True)
         x = combine(x, other)
     return x
 
@@ -335,7 +338,7 @@ def write(
             *2 * (plgpu.RefType(),),
             OUT,
             *2 * (ROWS,),
-            *4 * (plgpu.Layout.WG_SPLAT(()),),
+            *4 * (SCALAR,),
         )
     )
     def store(_, out_ref, lse_ref, out, lse, factor, *at):
@@ -348,19 +351,18 @@ def write(
         for group, (inverse, one) in enumerate(
             zip(factor.registers.flat, lse.registers.flat, strict=True)
         ):
-            row = arith.addi(first, arith.addi(own, number(8 * group)))
-            there, place = less(row, number(rows.count)), rows.place(part, row, head)
-            to = arith.addi(arith.muli(place, number(channels // 4)), four)
+            row = arith.addi(first, arith.addi(own, i32(8 * group)))
+            there, place = less(row, i32(rows.count)), rows.place(part, row, head)
+            to = arith.addi(arith.muli(place, i32(channels // 4)), four)
             to = pointer(out_ref, to, 16)
             for n in range(channels // 16):
                 both = registers[group, 2 * n], registers[group, 2 * n + 1]
-                four_of = [_element(x, e) for e in range(2) for x in both]
-                values = [arith.mulf(x, _element(inverse, 0)) for x in four_of]
-                here = arith.addi(to, number(64 * n, ir.IntegerType.get_signless(64)))
+                four_of = [element(x, e) for e in range(2) for x in both]
+                values = [arith.mulf(x, element(inverse, 0)) for x in four_of]
+                here = arith.addi(to, i64(64 * n))
                 store_if(here, there, values, "f32")
-            first_of = arith.cmpi(arith.CmpIPredicate.eq, four, number(0))
+            first_of = arith.cmpi(arith.CmpIPredicate.eq, four, i32(0))
             there = arith.andi(there, first_of)
-            store_if(pointer(lse_ref, place, 4), there, [_element(one, 0)], "f32")
+            store_if(pointer(lse_ref, place, 4), there, [element(one, 0)], "f32")
 
-    numbers = (jnp.asarray(x, jnp.int32) for x in at)
-    store(out_ref, lse_ref, out, lse, factor, *numbers)
+    store(out_ref, lse_ref, out, lse, factor, *numbers(*at))

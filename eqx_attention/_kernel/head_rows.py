@@ -10,13 +10,26 @@ import jax.numpy as jnp
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import arith, llvm
 
 from .._mechanism.base import Request
-from .hopper import ROW, THREADS, TILE
-
-
-SCALAR = plgpu.Layout.WG_SPLAT(())
+from .assembly import (
+    address,
+    element,
+    flag,
+    i32,
+    i64,
+    integer,
+    less,
+    numbers,
+    pointer,
+    SCALAR,
+    several_of,
+    store_if,
+    THREADS,
+    warp_and_lane,
+)
+from .hopper import ROW, TILE
 
 
 class HeadRows(NamedTuple):
@@ -60,58 +73,6 @@ def pairs_of(refs: Any, count: int) -> tuple[list[Any], Any]:
     return [refs[2 * n : 2 * n + 2] for n in range(count)], refs[2 * count :]
 
 
-def integer(bits: int) -> Any:
-    return ir.IntegerType.get_signless(bits)
-
-
-def i32(x: int) -> Any:
-    return arith.constant(integer(32), x)
-
-
-def pointer(ref: Any, place: Any, size: int) -> Any:
-    """In global memory: what is at a place, of things of so many bytes."""
-    start = llvm.ptrtoint(integer(64), utils.memref_ptr(ref))
-    width = arith.constant(integer(64), size)
-    return arith.addi(start, arith.muli(arith.extui(integer(64), place), width))
-
-
-def _flag(x: Any) -> Any:
-    return arith.extui(integer(32), x)
-
-
-def less(x: Any, y: Any) -> Any:
-    return arith.cmpi(arith.CmpIPredicate.slt, x, y)
-
-
-def store_if(to: Any, there: Any, values: list[Any], kind: str) -> None:
-    """Of a vector, where a flag says so."""
-    names = ", ".join(f"${n + 2}" for n in range(len(values)))
-    form, names = (f".v{len(values)}", f"{{{names}}}") if len(values) > 1 else ("", names)
-    code = (
-        "{ .reg .pred there; setp.ne.s32 there, $1, 0; "
-        f"@there st.global{form}.{kind} [$0], {names}; }}"
-    )
-    constraints = ",".join(["l", "r", *["r" if kind == "b32" else "f"] * len(values)])
-    void = ir.Type.parse("!llvm.void")
-    operands = [to, _flag(there), *values]
-    llvm.inline_asm(void, operands, code, constraints, has_side_effects=True)
-
-
-def several_of(
-    kind: Any, count: int, operands: list[Any], code: str, inputs: str
-) -> list[Any]:
-    """Assembly that gives several numbers."""
-    struct = llvm.StructType.get_literal([kind] * count)
-    letter = "=&f" if kind == ir.F32Type.get() else "=&r"
-    constraints = ",".join([*[letter] * count, inputs])
-    out: Any = llvm.inline_asm(struct, operands, code, constraints, has_side_effects=True)
-    return [llvm.extractvalue(kind, out, [n]) for n in range(count)]
-
-
-def numbers(*xs: Any) -> list[jax.Array]:
-    return [jnp.asarray(x, jnp.int32) for x in xs]
-
-
 def fetch_rows(
     to: Any, transforms: tuple, source: Any, at: tuple, rows: HeadRows, pairs: bool = False
 ) -> None:
@@ -138,7 +99,7 @@ def fetch_rows(
         of_row = line_bytes // 32
         total = groups * lines * of_row
         thread = arith.remui(utils.thread_idx(), i32(THREADS))
-        shared = llvm.ptrtoint(integer(32), utils.memref_ptr(to))
+        shared = address(to)
         for n in range(-(-total // THREADS)):
             unit = arith.addi(thread, i32(n * THREADS))
             row, piece = arith.divui(unit, i32(of_row)), arith.remui(unit, i32(of_row))
@@ -152,7 +113,7 @@ def fetch_rows(
                 + "@there ld.global.v4.b32 {$0, $1, $2, $3}, [$8]; "
                 "@there ld.global.v4.b32 {$4, $5, $6, $7}, [$8 + 16]; }"
             )
-            operands = [pointer(source, place, 32), _flag(there)]
+            operands = [pointer(source, place, 32), flag(there)]
             words = several_of(integer(32), 8, operands, code, "l,r")
             halves = (words[::2], words[1::2]) if pairs else (words[:4], words[4:])
             group, line = arith.divui(row, i32(lines)), arith.remui(row, i32(lines))
@@ -163,7 +124,7 @@ def fetch_rows(
             target = arith.addi(shared, arith.muli(group, i32(lines * line_bytes)))
             target = arith.addi(target, arith.muli(block, i32(lines * width)))
             target = arith.addi(target, arith.muli(line, i32(width)))
-            inside = _flag(less(unit, i32(total)))
+            inside = flag(less(unit, i32(total)))
             for m, half in enumerate(halves):
                 to_ = arith.xori(arith.addi(within, i32(m)), shift)
                 to_ = arith.addi(target, arith.muli(to_, i32(16)))
@@ -196,8 +157,7 @@ def write_rows(
     def write(_, out_ref, lse_ref, out, lse, *at):
         part, first, head = (x.registers[()] for x in at)
         channels = ir.MemRefType(out_ref.type).shape[-1]
-        thread = arith.remui(utils.thread_idx(), i32(THREADS))
-        warp, lane = arith.divui(thread, i32(32)), arith.remui(thread, i32(32))
+        warp, lane = warp_and_lane()
         line, four = arith.divui(lane, i32(4)), arith.remui(lane, i32(4))
         registers = out.registers.reshape(channels // 8, 2)
         first = arith.addi(first, arith.addi(arith.muli(warp, i32(16)), line))
@@ -209,7 +169,7 @@ def write_rows(
             pair = arith.addi(arith.muli(place, i32(channels // 2)), four)
             to = pointer(out_ref, pair, 2 * size)
             for n in range(channels // 8):
-                here = arith.addi(to, arith.constant(integer(64), 8 * size * n))
+                here = arith.addi(to, i64(8 * size * n))
                 both = registers[n, half]
                 if narrow:
                     store_if(here, there, [utils.bitcast(both, integer(32))], "b32")
@@ -219,9 +179,3 @@ def write_rows(
             store_if(pointer(lse_ref, place, 4), one, [element(top, 0)], "f32")
 
     write(out_ref, lse_ref, out, lse, *numbers(*at))
-
-
-def element(register: Any, place: int) -> Any:
-    if not isinstance(register.type, ir.VectorType):
-        return register
-    return vector.extract(register, dynamic_position=[], static_position=[place])

@@ -10,12 +10,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm, nvvm
 
+from .assembly import integer, SCALAR, THREADS as THREADS
+
 
 TILE = plgpu.Layout.WGMMA
 ROW, COLUMN = TILE.reduce(1), TILE.reduce(0)
 LAYOUTS = (ROW, COLUMN, TILE)
 LOG2E = 1.4426950408889634
-THREADS = 128  # of a warpgroup
 _VECTOR = 16  # bytes that a thread reads at once
 
 
@@ -35,7 +36,7 @@ def _tiled(shape: tuple[int, ...], dtype: Any, swizzle: int | None) -> tuple[Any
 def _named_barrier(operation: str, name: Any, threads: int) -> None:
     """Of the 16 barriers of a block: cheaper than those in shared memory, and no phases."""
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT(()),))
+    @plgpu.inline_mgpu(arg_types=(SCALAR,))
     def bar(_, name):
         void = ir.Type.parse("!llvm.void")
         code = f"bar.{operation} $0, {threads};"
@@ -71,9 +72,6 @@ def fence() -> None:
     of_proxies()
 
 
-_SCALAR = plgpu.Layout.WG_SPLAT(())
-
-
 def counted(counter: Any) -> jax.Array:
     """A number in global memory, to which others `count`.
 
@@ -84,12 +82,12 @@ def counted(counter: Any) -> jax.Array:
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(),),
-        return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=_SCALAR),
+        return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=SCALAR),
     )
     def load(_, ref):
-        i32, pointer = ir.IntegerType.get_signless(32), utils.memref_ptr(ref)
+        kind, pointer = integer(32), utils.memref_ptr(ref)
         code = "ld.relaxed.gpu.global.s32 $0, [$1];"
-        found: Any = llvm.inline_asm(i32, [pointer], code, "=r,l", has_side_effects=True)
+        found: Any = llvm.inline_asm(kind, [pointer], code, "=r,l", has_side_effects=True)
         return FragmentedArray.splat(found, (), is_signed=True)
 
     return load(counter)
@@ -98,7 +96,7 @@ def counted(counter: Any) -> jax.Array:
 def await_count(counter: Any, value: Any) -> None:
     """Waits until a number in global memory is at least `value`."""
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SCALAR))
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SCALAR))
     def wait(_, ref, value):
         code = """{
             .reg .pred early;
@@ -140,8 +138,8 @@ def all_finite(x: Any, name: Any) -> jax.Array:
     )
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(_tiled(x.shape, x.dtype, None)), _SCALAR),
-        return_type=plgpu.ShapeDtypeStruct((), i32, layout=_SCALAR),
+        arg_types=(plgpu.RefType(_tiled(x.shape, x.dtype, None)), SCALAR),
+        return_type=plgpu.ShapeDtypeStruct((), i32, layout=SCALAR),
     )
     def look(_, ref, name):
         code = (
@@ -153,9 +151,8 @@ def all_finite(x: Any, name: Any) -> jax.Array:
             f"bar.red.or.pred bad, $2, {THREADS}, bad; selp.s32 $0, 0, 1, bad; }}"
         )
         operands = [utils.memref_ptr(ref), name.registers[()]]
-        mlir_i32 = ir.IntegerType.get_signless(32)
         found: Any = llvm.inline_asm(
-            mlir_i32, operands, code, "=r,r,r", has_side_effects=True
+            integer(32), operands, code, "=r,r,r", has_side_effects=True
         )
         return FragmentedArray.splat(found, (), is_signed=True)
 

@@ -10,8 +10,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf
 
-from .head_rows import (
-    HeadRows,
+from .assembly import (
+    f32,
     i32,
     integer,
     less,
@@ -21,6 +21,7 @@ from .head_rows import (
     several_of,
     store_if,
 )
+from .head_rows import HeadRows
 from .hopper import LOG2E
 
 
@@ -84,7 +85,7 @@ def merge_rows(
     @plgpu.inline_mgpu(arg_types=(*4 * (plgpu.RefType(),), *5 * (SCALAR,)))
     def merge(_, outs, lses, out_ref, lse_ref, *at):
         part, step, to, first, head = (x.registers[()] for x in at)
-        f32 = ir.F32Type.get()
+        kind = ir.F32Type.get()
         channels = ir.MemRefType(outs.type).shape[-1]
         result = ir.MemRefType(out_ref.type).element_type
         own = arith.minsi(i32(block), arith.subi(i32(rows.count), first))
@@ -100,7 +101,7 @@ def merge_rows(
                 source = arith.addi(part, arith.muli(n, step))
                 place = rows.place(source, row, head)
                 lse: Any = llvm.inline_asm(
-                    f32,
+                    kind,
                     [pointer(lses, place, 4)],
                     "ld.global.cg.f32 $0, [$1];",
                     "=f,l",
@@ -108,7 +109,7 @@ def merge_rows(
                 )
                 place = arith.addi(arith.muli(place, i32(channels // 4)), four)
                 code = "ld.global.cg.v4.f32 {$0, $1, $2, $3}, [$4];"
-                return lse, several_of(f32, 4, [pointer(outs, place, 16)], code, "l")
+                return lse, several_of(kind, 4, [pointer(outs, place, 16)], code, "l")
 
             def several(start, size, carry):
                 """Adds so many parts; of those that there are not, nothing."""
@@ -117,11 +118,11 @@ def merge_rows(
                 for m in range(size):
                     n = arith.addi(start, i32(m))
                     lse, xs = load(arith.minsi(n, i32(count - 1)))
-                    lse = arith.select(less(n, i32(count)), lse, _number(-jnp.inf))
+                    lse = arith.select(less(n, i32(count)), lse, f32(-jnp.inf))
                     parts.append((lse, xs))
                 new = top
                 for lse, _ in parts:
-                    new = _asm(f32, "max.NaN.f32 $0, $1, $2;", new, lse)
+                    new = _asm(kind, "max.NaN.f32 $0, $1, $2;", new, lse)
                 base = _unless(_is(new, -jnp.inf), new, 0.0)
                 decay = _exp(arith.subf(top, base))
                 total = arith.mulf(total, decay)
@@ -136,7 +137,7 @@ def merge_rows(
                     ]
                 return [new, total, *sums]
 
-            carry = [_number(-jnp.inf), *[_number(0.0)] * 5]
+            carry = [f32(-jnp.inf), *[f32(0.0)] * 5]
             if count <= _AT_ONCE:
                 carry = several(i32(0), count, carry)
             else:
@@ -151,14 +152,14 @@ def merge_rows(
             empty = _is(total, 0.0)
             safe = _unless(empty, total, 1.0)
             sums = [arith.divf(x, safe) for x in sums]
-            log = _asm(f32, "lg2.approx.ftz.f32 $0, $1;", safe)
-            lse = arith.addf(top, arith.mulf(log, _number(1 / LOG2E)))
+            log = _asm(kind, "lg2.approx.ftz.f32 $0, $1;", safe)
+            lse = arith.addf(top, arith.mulf(log, f32(1 / LOG2E)))
             lse = _unless(empty, lse, -jnp.inf)
             place, always = rows.place(to, row, head), arith.constant(integer(1), 1)
             one = arith.cmpi(arith.CmpIPredicate.eq, four, i32(0))
             store_if(pointer(lse_ref, place, 4), one, [lse], "f32")
             place = arith.addi(arith.muli(place, i32(channels // 4)), four)
-            if result == f32:
+            if result == kind:
                 store_if(pointer(out_ref, place, 16), always, sums, "f32")
             else:
                 name = {ir.BF16Type.get(): "bf16", ir.F16Type.get(): "f16"}[result]
@@ -170,11 +171,6 @@ def merge_rows(
     merge(*refs, *numbers(*at))
 
 
-def _number(x: float) -> Any:
-    kind = ir.F32Type.get()
-    return arith.constant(kind, ir.FloatAttr.get(kind, x))
-
-
 def _asm(kind: Any, code: str, *operands: Any) -> Any:
     letter = "=f" if kind == ir.F32Type.get() else "=r"
     constraints = ",".join([letter, *["f"] * len(operands)])
@@ -182,14 +178,12 @@ def _asm(kind: Any, code: str, *operands: Any) -> Any:
 
 
 def _exp(x: Any) -> Any:
-    return _asm(
-        ir.F32Type.get(), "ex2.approx.ftz.f32 $0, $1;", arith.mulf(x, _number(LOG2E))
-    )
+    return _asm(ir.F32Type.get(), "ex2.approx.ftz.f32 $0, $1;", arith.mulf(x, f32(LOG2E)))
 
 
 def _is(x: Any, value: float) -> Any:
-    return arith.cmpf(arith.CmpFPredicate.OEQ, x, _number(value))
+    return arith.cmpf(arith.CmpFPredicate.OEQ, x, f32(value))
 
 
 def _unless(flag: Any, x: Any, other: float) -> Any:
-    return arith.select(flag, _number(other), x)
+    return arith.select(flag, f32(other), x)

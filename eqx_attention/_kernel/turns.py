@@ -13,6 +13,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
 from .._device import num_multiprocessors
+from .assembly import integer, SCALAR
 from .hopper import sync, THREADS
 
 
@@ -90,13 +91,10 @@ class Turns(NamedTuple):
         return piece < self.pieces
 
 
-_SPLAT = plgpu.Layout.WG_SPLAT(())
-
-
 def _take(counter: Any, numbers: Any, slot: Any) -> None:
     """Adds one to a number in global memory, and writes what it was to shared memory."""
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), _SPLAT))
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), SCALAR))
     def take(_, counter, numbers, slot):
         one = utils.single_thread_predicate(utils.ThreadSubset.WARPGROUP)
         code = """{
@@ -115,14 +113,15 @@ def _take(counter: Any, numbers: Any, slot: Any) -> None:
 
 def _read(numbers: Any, slot: Any) -> jax.Array:
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), _SPLAT),
-        return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=_SPLAT),
+        arg_types=(plgpu.RefType(), SCALAR),
+        return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=SCALAR),
     )
     def read(_, numbers, slot):
         code = "{ .reg .b32 at; mad.lo.u32 at, $2, 4, $1; ld.shared.u32 $0, [at]; }"
-        i32 = ir.IntegerType.get_signless(32)
         operands = [utils.memref_ptr(numbers), slot.registers[()]]
-        found: Any = llvm.inline_asm(i32, operands, code, "=r,r,r", has_side_effects=True)
+        found: Any = llvm.inline_asm(
+            integer(32), operands, code, "=r,r,r", has_side_effects=True
+        )
         return FragmentedArray.splat(found, (), is_signed=True)
 
     return read(numbers, slot)
