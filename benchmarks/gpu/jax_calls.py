@@ -3,8 +3,6 @@
 import functools as ft
 import logging
 import math
-import pathlib
-import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +12,7 @@ import jax.numpy as jnp
 
 from .cases import CAP, MECHANISMS, operands, options, Timed, WINDOW
 from .clock import Calls
+from .profile import profiled
 
 
 # Each in the words of `jax.nn`, which are tokamax's, too.
@@ -80,18 +79,8 @@ def calls(name: str, timed: Timed, shrink: int) -> Calls:
 
 def kernels(call: Callable[[], Any]) -> list[str]:
     """The kernels that a call runs, the longest first."""
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            jax.block_until_ready(call())
-        (path,) = pathlib.Path(folder).rglob("*.xplane.pb")
-        profile = jax.profiler.ProfileData.from_file(str(path))
-        total: dict[str, float] = {}
-        for plane in profile.planes:
-            if not plane.name.startswith("/device:GPU"):
-                continue
-            for line in plane.lines:
-                if line.name.startswith("Stream"):
-                    for event in line.events:
-                        total[event.name] = total.get(event.name, 0) + event.duration_ns
+    total: dict[str, float] = {}
+    for event in (event for found in profiled(call).values() for event in found):
+        total[event.name] = total.get(event.name, 0) + event.end - event.start
     longest = sorted(total, key=lambda name: -total[name])[:4]
     return [f"{name[:60]} {total[name] / 1e6:.3f} ms" for name in longest]

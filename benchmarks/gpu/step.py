@@ -3,7 +3,6 @@ examples/train_lm.py, with as many heads, of as many channels, as the caches her
 
 import pathlib
 import sys
-import tempfile
 import time
 from typing import Any
 
@@ -12,6 +11,8 @@ import eqx_attention as eqa
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+
+from .profile import profiled
 
 
 # The example's own depth.
@@ -48,18 +49,10 @@ def _step(model: Any, caches: Any, tokens: Any) -> Any:
 
 def _attending(run: Any) -> float:
     """Seconds of kernels that attend, of all that `run` does."""
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            run()
-        (path,) = pathlib.Path(folder).rglob("*.xplane.pb")
-        profile = jax.profiler.ProfileData.from_file(str(path))
     return sum(
-        event.duration_ns * 1e-9
-        for plane in profile.planes
-        if plane.name.startswith("/device:GPU")
-        for line in plane.lines
-        if line.name.startswith("Stream")
-        for event in line.events
+        (event.end - event.start) * 1e-9
+        for found in profiled(run).values()
+        for event in found
         if any(word in event.name for word in _ATTENDS)
     )
 

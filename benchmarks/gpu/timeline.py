@@ -4,7 +4,7 @@ import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import jax
+from .profile import profiled
 
 
 # In the names of kernels and copies that move data between devices.
@@ -15,20 +15,8 @@ def timeline(call: Callable[[], Any], folder: pathlib.Path) -> dict[str, Any]:
     """Traces a call to a folder; of each device, in milliseconds: the whole, when any
     kernel computed, when anything was moved, when it was moved and nothing computed, and
     when nothing happened. And the longest events of the first device, with their starts."""
-    with jax.profiler.trace(str(folder)):
-        jax.block_until_ready(call())
-    path = max(folder.rglob("*.xplane.pb"), key=lambda p: p.stat().st_mtime)
-    profile = jax.profiler.ProfileData.from_file(str(path))
     summary, events = {}, []
-    for plane in profile.planes:
-        if not plane.name.startswith("/device:GPU"):
-            continue
-        found = [
-            (e.start_ns, e.start_ns + e.duration_ns, e.name)
-            for line in plane.lines
-            if line.name.startswith("Stream")
-            for e in line.events
-        ]
+    for device, found in profiled(call, str(folder)).items():
         if not found:
             continue
         start = min(a for a, _, _ in found)
@@ -36,7 +24,7 @@ def timeline(call: Callable[[], Any], folder: pathlib.Path) -> dict[str, Any]:
         computing = [(a, b) for a, b, name in found if not _moves(name)]
         both = _total(moving) + _total(computing) - _total([*moving, *computing])
         whole = max(b for _, b, _ in found) - start
-        summary[plane.name] = {
+        summary[device] = {
             "whole_ms": whole / 1e6,
             "computing_ms": _total(computing) / 1e6,
             "moving_ms": _total(moving) / 1e6,

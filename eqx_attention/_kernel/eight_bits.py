@@ -2,7 +2,6 @@
 copied by the threads that compute, as the copy engine cannot: those of one head are not
 neighbours."""
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +13,7 @@ from jaxlib.mlir.dialects import arith, llvm
 from .._keys import Paged, Quantized
 from .assembly import address, i32, integer, numbers, pointer, SCALAR, warp_and_lane
 from .hopper import whole_rows
-from .pages import page_of, start_of_keys
+from .pages import Stored
 
 
 # Channels of which there must be a multiple, and tokens of a tile of keys.
@@ -165,8 +164,7 @@ def await_scales(later: int) -> None:
     wait()
 
 
-def place_of_scales(ref: Any, pages: Sequence[Any], b: Any, first: Any) -> tuple[Any, Any]:
+def place_of_scales(scales: Stored, b: Any, first: Any) -> tuple[Any, Any]:
     """In the kernel: the scales of a batch element or of a page, and where the token is."""
-    page = page_of(pages, b, first, ref.shape[1])
-    where, start = start_of_keys(ref, pages, page, first)
-    return ref.at[where], start
+    where, start = scales.start(scales.page(b, first), first)
+    return scales.ref.at[where], start

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import FragmentedArray, utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
@@ -157,6 +158,17 @@ def all_finite(x: Any, name: Any) -> jax.Array:
         return FragmentedArray.splat(found, (), is_signed=True)
 
     return look(x, jnp.asarray(name, i32)) != 0
+
+
+def fill(source: Any, to: Any, again: Any, ready: Any, free: Any) -> None:
+    """Copies into shared memory, of which what it held has to have been read, if it held
+    anything (`again`)."""
+
+    @pl.when(again)
+    def _():
+        plgpu.barrier_wait(free)
+
+    plgpu.copy_gmem_to_smem(source, to, ready)
 
 
 def full(shape: tuple[int, ...], value: float, layout: Any) -> jax.Array:

@@ -21,14 +21,13 @@ from .._mechanism.base import Request
 from .._mechanism.packed import packed
 from .head_rows import fetch_rows, HeadRows, pairs_of, write_rows
 from .hidden_values import replace_nan
-from .hopper import along, fence, launch, smem, sync, THREADS
+from .hopper import along, fence, fill, launch, smem, sync, THREADS
 from .merge_rows import is_last, merge_rows
-from .pages import page_of, pages_of, start_of_keys
+from .pages import pages_of, Stored
 from .row_tiles import row_tiles, schedule_of
 from .schedule import place_of_split, section, tiles_of_split
 from .softmax import Softmax
-from .tables import never_masked
-from .terms import folded_scale, keep_fn, logit_fn, Place, terms_of, visible_fn
+from .terms import forward_terms, Place, RowTerms
 
 
 # Of the 16 named barriers of a block, Mosaic GPU uses the first ones.
@@ -70,14 +69,9 @@ def forward_16bit(
     batch, _, heads, head_dim = rows.query.shape
     value_dim, dtype = v.shape[-1], q.dtype
     (stages, block_k, block_q, _), count = blocks, ceil_div(own.count, blocks.rows)
-    tiles, scale = row_tiles(rows, block_q, block_k), folded_scale(rows.pairs)
-    may_mask = not never_masked(rows, block_k)
-    fns = {
-        "visible": visible_fn(rows, block_k) if may_mask else None,
-        "logit": logit_fn if scale is None else None,
-        "keep": keep_fn if rows.pairs.dropout is not None else None,
-    }
-    terms, shape = terms_of(rows, block_q, block_k, fns), (block_q, block_k)
+    tiles = row_tiles(rows, block_q, block_k)
+    terms, scale = forward_terms(rows, block_q, block_k)
+    shape = (block_q, block_k)
     soft = Softmax.of(rows, shape, scale)
     place = place_of_split(batch, heads, count, section(rows), splits)
     q_type = smem((block_q, head_dim), dtype)
@@ -106,9 +100,7 @@ def forward_16bit(
         def compute(n, done):
             """One piece; `done` is how many tiles were before it."""
             b, h, i, split, (before, whole, some) = work(n)
-            given = terms.given(inputs)
-            place = Place(b, h, i * block_q, 0, shape)
-            held = {name: term.load(place) for name, term in given.items()}
+            given = RowTerms(terms, inputs, Place(b, h, i * block_q, 0, shape))
             sync(_FETCHED, THREADS)  # All have read the queries before.
             fetch_rows(q_smem, q_type.transforms, q_ref, (b, i * block_q, h), own)
             fence()
@@ -116,16 +108,11 @@ def forward_16bit(
 
             def loads(masked, t):
                 """What the terms are given of a tile."""
-                k_base = tiles.first_key(tile_refs, (b, h, i), before + t)
-                here = place._replace(key=k_base)
-                use = [n for n in given if masked or n != "visible"]
-                return k_base, {n: given[n].load(here, held[n]) for n in use}
+                first_key = ft.partial(tiles.first_key, tile_refs, (b, h, i), before + t)
+                return given.load(masked, first_key)
 
             def softmax(masked, products, loaded, top, total):
-                k_base, loaded = loaded
-                here = place._replace(key=k_base)
-                at = {n: given[n].at(xs, here) for n, xs in loaded.items()}
-                return soft(masked, at, products, top, total)
+                return soft(masked, given.at(loaded), products, top, total)
 
             def one(masked, t, carry):
                 out, top, total = carry
@@ -155,7 +142,7 @@ def forward_16bit(
 
             carry = soft.empty(value_dim)
             carry = lax.fori_loop(0, whole, ft.partial(one, False), carry)
-            if may_mask:
+            if terms.masked:
                 carry = lax.fori_loop(whole, some, ft.partial(one, True), carry)
             out, lse = soft.normalised(carry)
             if not each_split:
@@ -180,7 +167,8 @@ def forward_16bit(
             plgpu.set_max_registers(240, action="increase")
             lax.fori_loop(0, number, compute, jnp.int32(0))
 
-        k_table, v_table = page_refs[: len(k_pages)], page_refs[len(k_pages) :]
+        keys = Stored(k_ref, page_refs[: len(k_pages)])
+        values = Stored(v_ref, page_refs[len(k_pages) :])
 
         def copy(n, done):
             b, h, i, _, (before, _, some) = work(n)
@@ -190,25 +178,20 @@ def forward_16bit(
                 next tile, so that it is there when it is needed."""
                 t = before + jnp.minimum(t, jnp.maximum(some, 1) - 1)
                 k_base = tiles.first_key(tile_refs, (b, h, i), t)
-                k_page = page_of(k_table, b, k_base, k_ref.shape[1])
-                return k_base, k_page, page_of(v_table, b, k_base, v_ref.shape[1])
+                return k_base, keys.page(b, k_base), values.page(b, k_base)
 
             def load(t, found):
                 slot, after = lax.rem(done + t, stages), look_up(t + 1)
                 k_base, k_page, v_page = found
 
-                def one(ref, pages, page, smem, ready, free):
-                    place = start_of_keys(ref, pages, page, k_base)
+                again = done + t >= stages
 
-                    @pl.when(done + t >= stages)
-                    def _():
-                        plgpu.barrier_wait(free.at[slot])
+                def one(stored, page, smem, ready, free):
+                    source = stored.tile(page, k_base, block_k, h)
+                    fill(source, smem.at[slot], again, ready.at[slot], free.at[slot])
 
-                    source = ref.at[place[0], pl.ds(place[1], block_k), h]
-                    plgpu.copy_gmem_to_smem(source, smem.at[slot], ready.at[slot])
-
-                one(k_ref, k_table, k_page, k_smem, k_ready, k_free)
-                one(v_ref, v_table, v_page, v_smem, v_ready, v_free)
+                one(keys, k_page, k_smem, k_ready, k_free)
+                one(values, v_page, v_smem, v_ready, v_free)
                 return after
 
             lax.fori_loop(0, some, load, look_up(0))

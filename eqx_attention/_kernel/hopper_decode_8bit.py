@@ -42,13 +42,13 @@ from .few_rows import (
     write,
 )
 from .head_rows import fetch_rows, HeadRows, pairs_of
-from .hopper import full, launch, LOG2E, smem, sync, THREADS
+from .hopper import fill, full, launch, smem, sync, THREADS
 from .merge_rows import is_last, merge_rows
-from .pages import page_of, start_of_keys
+from .pages import Stored
 from .row_tiles import row_tiles, schedule_of
 from .schedule import place_of_split, section, tiles_of_split
-from .tables import never_masked
-from .terms import folded_scale, keep_fn, logit_fn, may_hide, Place, terms_of, visible_fn
+from .softmax import Softmax
+from .terms import forward_terms, Place, RowTerms
 
 
 # Of the 16 named barriers of a block, Mosaic GPU uses the first ones.
@@ -100,16 +100,9 @@ def forward_8bit(
     value_dim = v.values.shape[-1]
     dtype, (warpgroups, stages, block) = q.dtype, blocks
     count, shape = ceil_div(own.count, block), (block, TOKENS)
-    tiles, scale = row_tiles(rows, block, TOKENS), folded_scale(rows.pairs)
-    may_mask = not never_masked(rows, TOKENS)
-    fns = {
-        "visible": visible_fn(rows, TOKENS) if may_mask else None,
-        "logit": logit_fn if scale is None else None,
-        "keep": keep_fn if rows.pairs.dropout is not None else None,
-    }
-    terms = terms_of(rows, block, TOKENS, fns)
-    hides = may_hide(rows)
-    factor = LOG2E * (1.0 if scale is None else scale)
+    tiles = row_tiles(rows, block, TOKENS)
+    terms, scale = forward_terms(rows, block, TOKENS)
+    soft = Softmax.of(rows, shape, scale)
     place = place_of_split(batch, heads, count, section(rows), splits)
     q_type = smem((OUT_ROWS, head_dim), dtype)
     k_type, v_type = (
@@ -135,6 +128,8 @@ def forward_8bit(
         q_smem, k_smem, v_smem, scales, *barriers = refs
         k_ready, v_ready, k_free, v_free = barriers
         k_pages, v_pages = page_refs[: len(k.pages)], page_refs[len(k.pages) :]
+        all_keys, all_values = Stored(k_ref, k_pages), Stored(v_ref, v_pages)
+        of_keys, of_values = Stored(ks_ref, k_pages), Stored(vs_ref, v_pages)
         wg, number = lax.axis_index("warpgroup"), schedule.count(turn_refs)
 
         def work(n):
@@ -160,9 +155,8 @@ def forward_8bit(
                 fetch_rows(q_smem, q_type.transforms, q_ref, at, own, pairs=True)
 
             sync(_DONE, threads)
-            given = terms.given(inputs)
-            place = Place(b, h, q_base, 0, shape, layouts=LAYOUTS)
-            held = {name: term.load(place) for name, term in given.items()}
+            where = Place(b, h, q_base, 0, shape, layouts=LAYOUTS)
+            given = RowTerms(terms, inputs, where)
 
             def key_of(j):
                 """The first key of a tile."""
@@ -173,8 +167,8 @@ def forward_8bit(
                 return key_of(jnp.minimum(j, mine - 1))
 
             def scales_of(k_base):
-                key_ = place_of_scales(ks_ref, k_pages, b, k_base)
-                return key_, place_of_scales(vs_ref, v_pages, b, k_base)
+                key_ = place_of_scales(of_keys, b, k_base)
+                return key_, place_of_scales(of_values, b, k_base)
 
             def fetch(j, key_, value):
                 fetch_scales(scales.at[wg, lax.rem(j, _AHEAD)], key_, value, h)
@@ -186,13 +180,13 @@ def forward_8bit(
                 logits = at["logit"](0, products) if "logit" in at else products
                 if "visible" in at:
                     logits = jnp.where(at["visible"](), logits, -jnp.inf)
-                new = jnp.maximum(top, largest(logits) * factor)
-                base = jnp.where(new == -jnp.inf, 0.0, new) if masked or hides else new
+                new = jnp.maximum(top, largest(logits) * soft.factor)
+                base = jnp.where(new == -jnp.inf, 0.0, new) if masked or soft.hides else new
                 decay = jnp.exp2(top - base)
-                weights = jnp.exp2(logits * factor - _along(base, shape, 0))
+                weights = jnp.exp2(logits * soft.factor - _along(base, shape, 0))
                 total = total * decay + own_sum(weights)
                 scaled = weights * by_value
-                if masked or hides:  # Those that are hidden may have any scale.
+                if masked or soft.hides:  # Those that are hidden may have any scale.
                     scaled = jnp.where(weights == 0, 0.0, scaled)
                 if "keep" in at:
                     scaled = jnp.where(at["keep"](), scaled, 0.0)
@@ -203,9 +197,7 @@ def forward_8bit(
                 slot, turn = wg * stages + lax.rem(done + j, stages), lax.rem(j, _AHEAD)
                 keys, values = k_smem.at[slot], v_smem.at[slot]
                 k_scales, v_scales = scales.at[wg, turn, 0], scales.at[wg, turn, 1]
-                here = place._replace(key=k_base)
-                use = [n for n in given if masked or n != "visible"]
-                loaded = {n: given[n].load(here, held[n]) for n in use}
+                loaded = given.load(masked, lambda: k_base)
                 later, places = key_after(j + 3), scales_of(ahead[1])
                 # Its scales are there, and those of the last one are read.
                 await_scales(1)
@@ -222,7 +214,7 @@ def forward_8bit(
                     _along(plgpu.load(x, layout=COLUMNS, optimized=False), shape, 1)
                     for x in (k_scales, v_scales)
                 )
-                at = {n: given[n].at(xs, here) for n, xs in loaded.items()}
+                at = given.at(loaded)
                 weights, top, total, decay = softmax(
                     masked, at, logits, by_key, by_value, top, total
                 )
@@ -243,16 +235,14 @@ def forward_8bit(
                 carry = (*empty, first, second, key_after(2))
                 unmasked = share(wg, whole)
                 carry = lax.fori_loop(0, unmasked, ft.partial(one, False), carry)
-                if may_mask:
+                if terms.masked:
                     carry = lax.fori_loop(unmasked, mine, ft.partial(one, True), carry)
                 await_scales(0)
                 return carry[:3]
 
             out, top, total = lax.cond(mine > 0, attend, lambda: empty)
             total = whole_sum(total)
-            lse = jnp.where(total == 0, -jnp.inf, (top + jnp.log2(total)) * (1 / LOG2E))
-            kept = 1 - rows.pairs.dropout.rate if rows.pairs.dropout else 1.0
-            inverse = 1 / (jnp.where(total == 0, 1.0, total) * kept)
+            inverse, lse = soft.ended(top, total)
             # Of all warps of the block, and then of all blocks that have this row.
             part, of_split = split * warps * batch + b, split * batch + b
             first = (part + wg * _WARPS * batch, batch, q_base, h)
@@ -288,9 +278,8 @@ def forward_8bit(
 
                 def of_tile(wg):
                     t = before + jnp.minimum(wg + warpgroups * j, some - 1)
-                    k_base = tiles.first_key(tile_refs, (b, h, i), jnp.maximum(t, 0))
-                    k_page = page_of(k_pages, b, k_base, k_ref.shape[1])
-                    return k_base, k_page, page_of(v_pages, b, k_base, v_ref.shape[1])
+                    first = tiles.first_key(tile_refs, (b, h, i), jnp.maximum(t, 0))
+                    return first, all_keys.page(b, first), all_values.page(b, first)
 
                 return tuple(map(of_tile, range(warpgroups)))
 
@@ -301,20 +290,14 @@ def forward_8bit(
                     turn = done + j
                     slot = wg * stages + lax.rem(turn, stages)
 
-                    k_base, k_page, v_page = found[wg]
+                    first, k_page, v_page = found[wg]
 
-                    def one(ref, pages, page, smem, ready, free):
-                        place = start_of_keys(ref, pages, page, k_base)
+                    def one(stored, page, smem, ready, free):
+                        source, again = stored.tile(page, first, TOKENS, h), turn >= stages
+                        fill(source, smem.at[slot], again, ready.at[slot], free.at[slot])
 
-                        @pl.when(turn >= stages)
-                        def _():
-                            plgpu.barrier_wait(free.at[slot])
-
-                        source = ref.at[place[0], pl.ds(place[1], TOKENS), h]
-                        plgpu.copy_gmem_to_smem(source, smem.at[slot], ready.at[slot])
-
-                    one(k_ref, k_pages, k_page, k_smem, k_ready, k_free)
-                    one(v_ref, v_pages, v_page, v_smem, v_ready, v_free)
+                    one(all_keys, k_page, k_smem, k_ready, k_free)
+                    one(all_values, v_page, v_smem, v_ready, v_free)
 
                 for wg in range(warpgroups):
                     there = wg + warpgroups * j < some

@@ -38,6 +38,7 @@ from .hidden_values import replace_nan
 from .hopper import (
     along,
     arrive,
+    fill,
     launch,
     smem,
     sync,
@@ -46,8 +47,8 @@ from .hopper import (
 )
 from .schedule import place_of, section
 from .softmax import Softmax
-from .tables import never_masked, table
-from .terms import folded_scale, keep_fn, logit_fn, Place, terms_of, visible_fn
+from .tables import table
+from .terms import forward_terms, Place, RowTerms
 from .turns import Turns
 
 
@@ -67,18 +68,8 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
     stages, warpgroups = blocks.stages, blocks.warpgroups
     rows = ceil_div(q_len, blocks.rows)
     tiles = table(request, blocks.rows, blocks.key)
-    scale = folded_scale(request.pairs)
-    may_mask = not never_masked(request, blocks.key)
-    terms = terms_of(
-        request,
-        blocks.rows,
-        blocks.key,
-        {
-            "visible": visible_fn(request, blocks.key) if may_mask else None,
-            "logit": logit_fn if scale is None else None,
-            "keep": keep_fn if request.pairs.dropout is not None else None,
-        },
-    )
+    terms, scale = forward_terms(request, blocks.rows, blocks.key)
+    may_mask = terms.masked
     shape = (blocks.query, blocks.key)
     soft = Softmax.of(request, shape, scale)
     overlap = blocks.overlap and not soft.hides
@@ -128,24 +119,14 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
             row = row_of(b, h, i)
             whole, some = full_ref[row], some_ref[row]
             q_base = i * blocks.rows + wg * blocks.query
-            given = terms.given(inputs)
-            place = Place(b, h, q_base, 0, shape)
-            held = {name: term.load(place) for name, term in given.items()}
+            given = RowTerms(terms, inputs, Place(b, h, q_base, 0, shape))
 
             def loads(masked, t):
                 """What the terms are given of a tile."""
-                use = [n for n in given if masked or n != "visible"]
-                if not use:
-                    return None, {}
-                k_base = columns_ref[(*row, t)] * blocks.key
-                here = place._replace(key=k_base)
-                return k_base, {n: given[n].load(here, held[n]) for n in use}
+                return given.load(masked, lambda: columns_ref[(*row, t)] * blocks.key)
 
             def softmax(masked, products, loaded, top, total):
-                k_base, loaded = loaded
-                here = place._replace(key=k_base)
-                at = {n: given[n].at(xs, here) for n, xs in loaded.items()}
-                return soft(masked, at, products, top, total)
+                return soft(masked, given.at(loaded), products, top, total)
 
             def one_by_one(masked, t, carry):
                 """One tile: its logits, softmax and output, one after another, while
@@ -297,11 +278,8 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
                 keys = (b, pl.ds(columns_ref[(*row, t)] * blocks.key, blocks.key), kv_head)
 
                 def one(ref, smem, ready, free):
-                    @pl.when(done + t >= stages)
-                    def _():
-                        plgpu.barrier_wait(free.at[slot])
-
-                    plgpu.copy_gmem_to_smem(ref.at[keys], smem.at[slot], ready.at[slot])
+                    again = done + t >= stages
+                    fill(ref.at[keys], smem.at[slot], again, ready.at[slot], free.at[slot])
 
                 one(k_ref, k_smem, k_ready, k_free)
                 one(v_ref, v_smem, v_ready, v_free)

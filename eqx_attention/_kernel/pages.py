@@ -1,11 +1,12 @@
 """Keys and values that a kernel copies from pages."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 
 from .._keys import Paged, Quantized
 from .hopper import whole_rows
@@ -30,23 +31,34 @@ def unfit(name: str, x: Any, tokens: int = 64, channels: int = 64) -> tuple[str,
 
 def pages_of(x: Any) -> tuple[Any, list[jax.Array]]:
     """The array that holds keys or values, and the table of pages, if there is one, as it
-    is: see `start_of_keys`."""
+    is: see `Stored`."""
     if not isinstance(x, Paged):
         return whole_rows(x), []
     return x.pool, [x.table.astype(jnp.int32)]
 
 
-def page_of(pages: Sequence[Any], b: Any, first: Any, page_size: int) -> Any:
-    """In the kernel: the number of the page that holds a token of a batch element; which
-    that is, where there are no pages."""
-    return pages[0][b, lax.div(first, page_size)] if pages else b
+class Stored(NamedTuple):
+    """In the kernel: keys, values or scales, `(batch, tokens, heads, ...)`, or in pages
+    `(pages, tokens, heads, ...)` with their table."""
 
+    ref: Any
+    pages: Sequence[Any]
 
-def start_of_keys(ref: Any, pages: Sequence[Any], page: Any, first: Any) -> tuple:
-    """In the kernel: where the tokens from `first` on are, of what `page_of` gives: the
-    batch element or the page, and the first token there."""
-    if not pages:
-        return page, first
-    count, page_size = ref.shape[:2]
-    # Numbers that are no page's are of tokens that nothing sees.
-    return jnp.clip(page, 0, count - 1), lax.rem(first, page_size)
+    def page(self, b: Any, first: Any) -> Any:
+        """The number of the page that holds a token of a batch element; which that is,
+        where there are no pages."""
+        return self.pages[0][b, lax.div(first, self.ref.shape[1])] if self.pages else b
+
+    def start(self, page: Any, first: Any) -> tuple[Any, Any]:
+        """Where the tokens from `first` on are: the batch element or the page, as `page`
+        gives it, and the first token there."""
+        if not self.pages:
+            return page, first
+        count, page_size = self.ref.shape[:2]
+        # Numbers that are no page's are of tokens that nothing sees.
+        return jnp.clip(page, 0, count - 1), lax.rem(first, page_size)
+
+    def tile(self, page: Any, first: Any, size: int, head: Any) -> Any:
+        """So many tokens of a head."""
+        where, start = self.start(page, first)
+        return self.ref.at[where, pl.ds(start, size), head]

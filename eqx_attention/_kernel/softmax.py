@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from .._mechanism.base import Request
+from .._mechanism.hidden import may_hide
 from .hopper import along, full, LOG2E, ROW, TILE
-from .terms import AtTile, may_hide
+from .terms import AtTile
 
 
 # Of each row: the output so far, the largest logit, and the sum of the weights.
@@ -30,12 +31,12 @@ class Softmax(NamedTuple):
     dtype: Any
 
     @staticmethod
-    def of(request: Request, shape: tuple[int, int], scale: float | None) -> "Softmax":
-        """`scale` is that which products are to be multiplied with, if no term does it."""
+    def of(request: Request, shape: tuple[int, int], scale: float) -> "Softmax":
+        """`scale` is what products are to be multiplied with."""
         dropout = request.pairs.dropout
         return Softmax(
             shape,
-            LOG2E * (1.0 if scale is None else scale),
+            LOG2E * scale,
             may_hide(request),
             0.0 if dropout is None else dropout.rate,
             request.query.dtype,
@@ -74,7 +75,11 @@ class Softmax(NamedTuple):
     def normalised(self, state: State) -> tuple[jax.Array, jax.Array]:
         """`(out, lse)`."""
         out, top, total = state
-        lse = jnp.where(total == 0, -jnp.inf, (top + jnp.log2(total)) * (1 / LOG2E))
-        inverse = 1 / (jnp.where(total == 0, 1.0, total) * (1 - self.rate))
+        inverse, lse = self.ended(top, total)
         rows, channels = out.shape
         return out * along(inverse, (rows, channels), 0), lse
+
+    def ended(self, top: jax.Array, total: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What the output is to be multiplied with, and lse."""
+        lse = jnp.where(total == 0, -jnp.inf, (top + jnp.log2(total)) * (1 / LOG2E))
+        return 1 / (jnp.where(total == 0, 1.0, total) * (1 - self.rate)), lse

@@ -1,7 +1,7 @@
 """Masks, scores and dropout of a request, as what a kernel loads and what it computes."""
 
 import functools as ft
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,12 +11,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from .._mechanism.base import Pairs, Request
-from .._score import ALiBi, SoftCap
 from .._static import Static, unwrap
 from .._tokens import Tile
 from .hopper import LAYOUTS
 from .lookup import stored
 from .pairwise import Evaluation, Graph, HEAD, KEY, NotElementwise, PAIR, QUERY, Value
+from .tables import never_masked
 
 
 def tile_of(pairs: Pairs, q_index, kv_index, head) -> Tile:
@@ -232,11 +232,6 @@ def _load(x: Input, ref: Any, place: Place) -> Any:
     return plgpu.load(part, layout=place.layouts[axis], optimized=False)
 
 
-def may_hide(request: Request) -> bool:
-    """Whether a score may give -inf, so that a row may see nothing of a FULL tile."""
-    return any(not isinstance(s, ALiBi | SoftCap) for s in request.pairs.score)
-
-
 def visible_fn(request: Request, block_k: int):
     """Whether a pair is visible, also beyond the end of the keys."""
     kv_len = request.lengths[1]
@@ -289,6 +284,11 @@ class Terms(NamedTuple):
     def count(self) -> int:
         return len(self.arrays)
 
+    @property
+    def masked(self) -> bool:
+        """Whether any tile may have to be."""
+        return "visible" in self.terms
+
     def given(self, refs: Sequence[Any]) -> dict[str, Loaded]:
         """In the kernel: each term with its references."""
         refs, out = list(refs), {}
@@ -296,6 +296,30 @@ class Terms(NamedTuple):
             own, refs = refs[: len(inputs)], refs[len(inputs) :]
             out[name] = Loaded(self.terms[name], tuple(inputs), tuple(own))
         return out
+
+
+class RowTerms:
+    """Terms of a row of tiles, in the kernel: what is the same for its tiles is loaded."""
+
+    def __init__(self, terms: Terms, refs: Sequence[Any], place: Place):
+        """`place` is that of the row: the key may be any."""
+        self.given, self.place = terms.given(refs), place
+        self.held = {name: term.load(place) for name, term in self.given.items()}
+
+    def load(self, masked: bool, first_key: Callable[[], Any]) -> tuple[Any, dict] | None:
+        """The first key of a tile and what is loaded of it, if anything; `masked` is
+        whether of the mask too."""
+        use = [n for n in self.given if masked or n != "visible"]
+        if not use:
+            return None
+        here = self.place._replace(key=first_key())
+        return here.key, {n: self.given[n].load(here, self.held[n]) for n in use}
+
+    def at(self, found: tuple[Any, dict] | None) -> dict[str, AtTile]:
+        """The terms on the tile of which this was loaded."""
+        key, loaded = found or (None, {})
+        here = self.place._replace(key=key)
+        return {n: self.given[n].at(xs, here) for n, xs in loaded.items()}
 
 
 def terms_of(
@@ -315,6 +339,21 @@ def terms_of(
         if fn
     }
     return Terms(terms, {name: term.inputs(by_key) for name, term in terms.items()})
+
+
+def forward_terms(request: Request, block_q: int, block_k: int) -> tuple[Terms, float]:
+    """What the forward kernels need of pairs; and what products are to be multiplied with
+    besides.
+
+    **Raises:** `NotElementwise` if a mask or a score does more than a kernel can.
+    """
+    scale = folded_scale(request.pairs)
+    fns = {
+        "visible": None if never_masked(request, block_k) else visible_fn(request, block_k),
+        "logit": logit_fn if scale is None else None,
+        "keep": keep_fn if request.pairs.dropout is not None else None,
+    }
+    return terms_of(request, block_q, block_k, fns), 1.0 if scale is None else scale
 
 
 def not_elementwise(request: Request) -> list[str]:

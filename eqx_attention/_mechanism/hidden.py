@@ -46,6 +46,11 @@ def without_nan(request: Request, lse: Array) -> Request:
     return dataclasses.replace(seen_queries(request, lse), key_=key_, value=value)
 
 
+def may_hide(request: Request) -> bool:
+    """Whether a score may give -inf: a row may then see nothing of what the mask shows."""
+    return any(not isinstance(s, ALiBi | SoftCap) for s in request.pairs.score)
+
+
 def seen_queries(request: Request, lse: Array) -> Request:
     """Queries that see nothing may hold NaN: they become zeros."""
     if _never_empty(request):
@@ -75,7 +80,7 @@ def seen_rows(
 def _never_empty(request: Request) -> bool:
     """Whether it is known at trace time that each query sees a key."""
     pairs, (q_len, kv_len) = request.pairs, request.lengths
-    if not all(isinstance(score, ALiBi | SoftCap) for score in pairs.score):
+    if may_hide(request):
         return False
     counted = pairs.q.counted and pairs.kv.counted
     if not counted or pairs.q.shift != pairs.kv.shift:
