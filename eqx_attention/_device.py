@@ -9,6 +9,10 @@ from typing import Any
 import jax
 
 
+# What our kernels need.
+_HOPPER, _OLDEST_JAX = (9, 0), (0, 11)
+
+
 def version_of_jax() -> tuple[int, ...]:
     return tuple(int(x) for x in jax.__version__.split(".")[:3] if x.isdigit())
 
@@ -51,6 +55,23 @@ def num_multiprocessors() -> int:
         return jax.devices("gpu")[0].core_count
     except RuntimeError:
         return 132
+
+
+def hopper_unsupported(platform: str) -> list[str]:
+    """Why our kernels for Hopper GPUs do not run on such devices, if they do not."""
+    reasons = []
+    if platform != "gpu":
+        reasons.append(f"it runs on Hopper GPUs, not on {platform}")
+    elif (found := compute_capability()) != _HOPPER:
+        got, wanted = (".".join(map(str, x)) for x in (found, _HOPPER))
+        reasons.append(
+            f"it runs on Hopper GPUs, not on one of {got} (theirs is the compute "
+            f"capability {wanted})"
+        )
+    if version_of_jax() < _OLDEST_JAX:
+        oldest = ".".join(map(str, _OLDEST_JAX))
+        reasons.append(f"it needs jax {oldest} or later, not {jax.__version__}")
+    return reasons
 
 
 def wider_than_16_bits(*arrays: Any) -> tuple[str, ...]:

@@ -17,7 +17,6 @@ from eqx_attention import _call, _device
 from eqx_attention._axes import Block, over_batch
 from eqx_attention._kernel.row_tiles import Counted, Listed, row_tiles
 from eqx_attention._keys import quantize
-from eqx_attention._mechanism import flash
 from eqx_attention._tokens import tile
 
 from .kernel_cases import make_request, on_hopper
@@ -32,7 +31,7 @@ _SLOW = ("int8 pages: head_dim 256, soft-cap, sinks", "pages: nan behind the mas
 @pytest.fixture
 def hopper(monkeypatch):
     """As if there were a Hopper GPU."""
-    monkeypatch.setattr(flash, "compute_capability", lambda: (9, 0))
+    monkeypatch.setattr(_device, "compute_capability", lambda: (9, 0))
     monkeypatch.setattr(_call, "platform_of", lambda *_: "gpu")
 
 
@@ -190,7 +189,7 @@ def _paged(x, page):
 
 
 def test_why_there_is_no_kernel(hopper, monkeypatch):
-    monkeypatch.setattr(flash, "version_of_jax", lambda: (0, 11, 2))
+    monkeypatch.setattr(_device, "version_of_jax", lambda: (0, 11, 2))
     eight = quantize(_tokens(), jnp.int8)
     half = eqa.Quantized(eight.values, eight.scale, jnp.float16)
     scaled = eqa.Quantized(eight.values, eight.scale.astype(jnp.bfloat16), jnp.bfloat16)

@@ -11,7 +11,7 @@ import eqx_attention as eqa
 import jax
 import matplotlib.pyplot as plt
 import pytest
-from eqx_attention._mechanism import flash
+from eqx_attention import _device
 
 
 # Left out on the newest jax: what this is about is our own.
@@ -82,7 +82,7 @@ def test_readme_is_short_and_has_the_two_commands():
 
 def test_pages_say_what_the_kernels_need():
     """The oldest Python that the package takes gets a jax that has no kernels."""
-    oldest = ".".join(map(str, flash._OLDEST_JAX))
+    oldest = ".".join(map(str, _device._OLDEST_JAX))
     names = ("index", "getting-started", "how-to-choose", "kernels")
     for page in (_root / "README.md", *(_root / f"docs/{name}.md" for name in names)):
         assert re.search(rf"JAX {oldest}\b.*Python 3\.12", page.read_text()), page

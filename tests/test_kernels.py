@@ -16,7 +16,7 @@ from eqx_attention import _call, _device
 from eqx_attention._kernel.lookup import NotElementwise
 from eqx_attention._kernel.tables import table, table_in_order
 from eqx_attention._kernel.terms import logit_fn, Term, visible_fn
-from eqx_attention._mechanism import attention, cudnn, flash
+from eqx_attention._mechanism import attention, cudnn
 from eqx_attention._mechanism.measured import faster
 from eqx_attention._mechanism.plan import by_rank
 
@@ -30,9 +30,9 @@ NEW = _device.version_of_jax() >= (0, 11)
 @pytest.fixture
 def hopper(monkeypatch):
     """As if the first device were a Hopper GPU, and jax recent."""
-    for module in (flash, cudnn):
+    for module in (_device, cudnn):
         monkeypatch.setattr(module, "compute_capability", lambda: (9, 0))
-    monkeypatch.setattr(flash, "version_of_jax", lambda: (0, 11, 2))
+    monkeypatch.setattr(_device, "version_of_jax", lambda: (0, 11, 2))
 
 
 @pytest.mark.parametrize("name", list(CASES.SUPPORT))
@@ -209,7 +209,7 @@ def test_other_gpus(hopper, monkeypatch):
     q = jnp.zeros((1, 64, 2, 64), jnp.bfloat16)
     request = on_hopper(make_request(q, q, q))
     assert type(eqa.Auto().choose(request)[0]) is eqa.Flash
-    for module in (flash, cudnn):
+    for module in (_device, cudnn):
         monkeypatch.setattr(module, "compute_capability", lambda: (7, 5))
     assert "7.5" in eqa.Flash().unsupported(request)[0]
     assert "7.5" in eqa.CuDNN().unsupported(request)[0]

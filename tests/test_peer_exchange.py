@@ -118,8 +118,8 @@ def test_the_primitive_is_the_collective():
 @pytest.fixture
 def hopper(monkeypatch):
     """As if the first device were a Hopper GPU, and jax recent."""
-    monkeypatch.setattr(peers, "compute_capability", lambda: (9, 0))
-    monkeypatch.setattr(peers, "version_of_jax", lambda: (0, 11, 2))
+    monkeypatch.setattr(_device, "compute_capability", lambda: (9, 0))
+    monkeypatch.setattr(_device, "version_of_jax", lambda: (0, 11, 2))
     monkeypatch.setattr(_call, "platform_of", lambda *_: "gpu")
 
 
@@ -213,8 +213,8 @@ def test_reasons(hopper, monkeypatch):
         line = found(qkv)
         assert "by a collective, not by our kernel (it " in line and reason in line
     for module, name, value, reason in (
-        (peers, "compute_capability", (8, 0), "on Hopper GPUs, not on one of 8.0"),
-        (peers, "version_of_jax", (0, 10, 2), "it needs jax 0.11 or later"),
+        (_device, "compute_capability", (8, 0), "on Hopper GPUs, not on one of 8.0"),
+        (_device, "version_of_jax", (0, 10, 2), "it needs jax 0.11 or later"),
         (jax, "process_count", 2, "it needs devices of one process, not of 2"),
         (_call, "platform_of", "cpu", "on Hopper GPUs, not on cpu"),
     ):

@@ -12,12 +12,11 @@ from jax.interpreters import ad, mlir
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from .._device import compute_capability, version_of_jax
+from .._device import hopper_unsupported
 from .._mechanism import Request
 from .._mechanism.varying import like
 
 
-_OLDEST_JAX = (0, 11)
 _DTYPES = ("bfloat16", "float16", "float32")
 _MOST_DEVICES = 8  # of a process, of which XLA knows each other's memory
 
@@ -25,16 +24,9 @@ _MOST_DEVICES = 8  # of a process, of which XLA knows each other's memory
 def peers_unsupported(request: Request) -> tuple[str, ...]:
     """Why the devices along the last axis of a request's split use a collective; none if
     they use the kernel, unless `mesh_unsupported`."""
-    (name, n), reasons = request.split.key[-1], []
-    if n == 1:
-        reasons.append(f"it needs several devices along {name!r}")
-    if request.platform != "gpu":
-        reasons.append(f"it runs on Hopper GPUs, not on {request.platform}")
-    elif (found := compute_capability()) != (9, 0):
-        reasons.append(f"it runs on Hopper GPUs, not on one of {found[0]}.{found[1]}")
-    if version_of_jax() < _OLDEST_JAX:
-        oldest = ".".join(map(str, _OLDEST_JAX))
-        reasons.append(f"it needs jax {oldest} or later, not {jax.__version__}")
+    name, n = request.split.key[-1]
+    reasons = [f"it needs several devices along {name!r}"] if n == 1 else []
+    reasons += hopper_unsupported(request.platform)
     if (processes := jax.process_count()) > 1:
         reasons.append(f"it needs devices of one process, not of {processes}")
     if request.query.dtype.name not in _DTYPES:

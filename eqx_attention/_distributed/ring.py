@@ -217,9 +217,9 @@ class Ring(AbstractMechanism):
 
     def _chosen(self, request: Request) -> Chosen:
         chosen = choose(request, self.layout)
-        if request.platform not in _LEVEL:
-            return chosen
         same = chosen._replace(plan=level(chosen.plan, request.pairs.mask))
+        if request.platform not in _LEVEL or same.plan == chosen.plan:
+            return chosen
         reasons: list[str] = []
 
         def look(request: Request):

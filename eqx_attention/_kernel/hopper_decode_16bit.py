@@ -111,9 +111,6 @@ def forward_16bit(
                 first_key = ft.partial(tiles.first_key, tile_refs, (b, h, i), before + t)
                 return given.load(masked, first_key)
 
-            def softmax(masked, products, loaded, top, total):
-                return soft(masked, given.at(loaded), products, top, total)
-
             def one(masked, t, carry):
                 out, top, total = carry
                 slot = lax.rem(done + t, stages)
@@ -127,7 +124,9 @@ def forward_16bit(
                 accumulator = plgpu.WGMMAAccumulatorRef(shape, jnp.float32)
                 products, loaded = pl.run_scoped(product, accumulator)
                 plgpu.barrier_arrive(k_free.at[slot])
-                weights, top, total, decay = softmax(masked, products, loaded, top, total)
+                weights, top, total, decay = soft(
+                    masked, given.at(loaded), products, top, total
+                )
                 out = out * along(decay, out.shape, 0)
                 plgpu.barrier_wait(v_ready.at[slot])
                 if masked or soft.hides:

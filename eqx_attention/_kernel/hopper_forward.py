@@ -125,9 +125,6 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
                 """What the terms are given of a tile."""
                 return given.load(masked, lambda: columns_ref[(*row, t)] * blocks.key)
 
-            def softmax(masked, products, loaded, top, total):
-                return soft(masked, given.at(loaded), products, top, total)
-
             def one_by_one(masked, t, carry):
                 """One tile: its logits, softmax and output, one after another, while
                 another warpgroup does the same a little later."""
@@ -143,7 +140,9 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
                 accumulator = plgpu.WGMMAAccumulatorRef(shape, jnp.float32)
                 products, loaded = pl.run_scoped(product, accumulator)
                 plgpu.barrier_arrive(k_free.at[slot])
-                weights, top, total, decay = softmax(masked, products, loaded, top, total)
+                weights, top, total, decay = soft(
+                    masked, given.at(loaded), products, top, total
+                )
                 out = out * along(decay, out.shape, 0)
                 # Nothing of the softmax is to wait for the turn at the matrix units.
                 out, weights, top, total = lax.optimization_barrier(
@@ -192,7 +191,7 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
                         loaded = loads(False, t)
                         products = plgpu.wgmma_accumulator_load(acc, wait_n=1)
                         plgpu.barrier_arrive(k_free.at[slot])
-                        return softmax(False, products, loaded, top, total)
+                        return soft(False, given.at(loaded), products, top, total)
 
                     accumulator = plgpu.WGMMAAccumulatorRef(shape, jnp.float32)
                     new, top, total, decay = pl.run_scoped(products, accumulator)
@@ -209,7 +208,7 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
                     first, plgpu.WGMMAAccumulatorRef(shape, jnp.float32)
                 )
                 plgpu.barrier_arrive(k_free.at[slot_of(0)])
-                *carry, _ = softmax(False, products, loaded, *empty[1:])
+                *carry, _ = soft(False, given.at(loaded), products, *empty[1:])
                 weights, top, total = lax.fori_loop(1, whole, step, tuple(carry))
                 last = slot_of(whole - 1)
                 plgpu.barrier_wait(v_ready.at[last])

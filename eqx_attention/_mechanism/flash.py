@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._device import compute_capability, version_of_jax, wider_than_16_bits
+from .._device import hopper_unsupported, wider_than_16_bits
 from .base import (
     AbstractMechanism,
     Blocks,
@@ -20,7 +20,6 @@ from .hidden import seen_queries, seen_rows
 from .varying import untyped
 
 
-_OLDEST_JAX = (0, 11)
 _LARGEST = 256
 
 
@@ -122,17 +121,7 @@ class Flash(AbstractMechanism):
 
 def kernels_unsupported(request: Request) -> tuple[str, ...]:
     """Why kernels refuse a request, wherever its keys are."""
-    reasons = []
-    if request.platform != "gpu":
-        reasons.append(f"it runs on Hopper GPUs, not on {request.platform}")
-    elif (found := compute_capability()) != (9, 0):
-        reasons.append(
-            "it runs on Hopper GPUs (compute capability 9.0), not on one of "
-            f"{found[0]}.{found[1]}"
-        )
-    if version_of_jax() < _OLDEST_JAX:
-        oldest = ".".join(map(str, _OLDEST_JAX))
-        reasons.append(f"it needs jax {oldest} or later, not {jax.__version__}")
+    reasons = hopper_unsupported(request.platform)
     if jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
         reasons.append("it counts in 32 bits, and jax_enable_x64 is set")
     reasons += wider_than_16_bits(request.query, request.key_, request.value)
