@@ -26,8 +26,8 @@ HOPPER = [name for name, (able, *_) in CASES.SUPPORT.items() if "flash" in able]
 
 def make_request(q, k, v, **options):
     options = {"mask": eqa.Full(), "score": (), "sinks": None, "scale": None} | options
-    positions = {"q_positions": "start", "kv_positions": None, "precision": None}
-    return request_of(call_of(q, k, v, **(positions | options)))
+    others = {"q_positions": "start", "kv_positions": None, "precision": None}
+    return request_of(call_of(q, k, v, **(others | options)))
 
 
 def on_hopper(request):
@@ -40,7 +40,7 @@ def make_case(name):
     _, shape, make = CASES.SUPPORT[name]
     options = make()
     dtype = jnp.dtype(options.pop("dtype", "bfloat16"))
-    for other in ("return_lse", "nan"):
+    for other in ("return_lse", "nan", "nan queries"):
         options.pop(other, None)
     *arrays, dout = CASES.operands(shape, dtype, 0)
     return arrays, dout, options

@@ -225,7 +225,7 @@ def _gradients(request, out, lse, dout):
         request, low, delta, dout, backward.Blocks(query=16, key=16), rows=16
     )
     inputs = [_Ref(x) for x in work.terms.arrays]
-    refs = backward.Refs(*[None] * 9, inputs, (), None, None, None)
+    refs = backward.Refs(*[None] * 9, inputs, (), None, None, None, None)
     results = []
     for head in range(q.shape[2]):
         at = work.at(refs, Place(0, head, 0, 0, (16, 16), 1), work.may_mask)

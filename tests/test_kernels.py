@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from eqx_attention import _call, _device
 from eqx_attention._kernel.lookup import NotElementwise
-from eqx_attention._kernel.tables import table, table_in_order
+from eqx_attention._kernel.tables import sees_no_later, table, table_in_order
 from eqx_attention._kernel.terms import logit_fn, Term, visible_fn
 from eqx_attention._mechanism import attention, cudnn
 from eqx_attention._mechanism.measured import faster
@@ -372,6 +372,23 @@ def test_tables_hold_each_tile_that_is_seen(mask, kv_len, by_key, in_order):
             assert all((np.diff(run) < 0).all() for run in runs)
             assert not first or runs[0].min() > runs[1].max()
     assert covered[dense].all()
+    if in_order:
+        # The first that adds to a column writes it, so that each has one.
+        assert sorted(count) == list(range(3))
+
+
+def test_which_masks_see_no_later_keys():
+    def found(mask, q_len=40, **options):
+        q, k = (jnp.zeros((1, n, 2, 64), jnp.bfloat16) for n in (q_len, 40))
+        return sees_no_later(make_request(q, k, k, mask=mask, **options))
+
+    assert found(eqa.Causal()) and found(eqa.Causal(offset=-3) & eqa.SlidingWindow(9))
+    assert not found(eqa.Full())
+    assert not found(eqa.Causal(offset=1))
+    assert not found(eqa.Causal(offset=jnp.zeros((), jnp.int32)))
+    assert not found(eqa.Causal() | eqa.Prefix(3))
+    assert not found(eqa.Causal(), q_len=39)
+    assert not found(eqa.Causal(), q_positions=jnp.arange(40))
 
 
 @pytest.mark.parametrize("columns", (1, 7, 257))

@@ -75,6 +75,17 @@ def _lookups(*lengths: int):
     return eqa.ScoreFn(_every_lookup, q_feature, kv_feature, params)
 
 
+def _strange(length: int):
+    return jnp.arange(length) % 7 == 3
+
+
+def _unseen(q_len: int, kv_len: int) -> dict[str, Any]:
+    strange = _strange(q_len)
+    q_ids = jnp.where(strange, 9, jnp.arange(q_len) // 64)
+    mask = C() & eqa.Segments(q_ids, jnp.arange(kv_len) // 64)
+    return {"mask": mask, "nan queries": strange[None]}
+
+
 # What each mechanism is expected to support: name -> (mechanisms, shape, options). A shape
 # is (batch, q_len, kv_len, q_heads, kv_heads, head_dim, value_dim).
 _SHAPE = (2, 512, 512, 4, 2, 128, 128)
@@ -139,7 +150,7 @@ SUPPORT: dict[str, tuple[tuple[str, ...], tuple[int, ...], Any]] = {
         lambda: {"mask": C() & eqa.Segments(_ids(3, 2, 512))},
     ),
     "padding": (BOTH, _SHAPE, lambda: {"mask": eqa.Padding(jnp.array([500, 3]))}),
-    "padding of all": (BOTH, _SHAPE, lambda: {"mask": eqa.Padding(jnp.array([0, 512]))}),
+    "padding of all": (ALL, _SHAPE, lambda: {"mask": eqa.Padding(jnp.array([0, 512]))}),
     "keys": (
         (FLASH,),
         _SHAPE,
@@ -153,7 +164,7 @@ SUPPORT: dict[str, tuple[tuple[str, ...], tuple[int, ...], Any]] = {
     "predicate": ((FLASH,), _SHAPE, lambda: {"mask": eqa.Predicate(_every_third)}),
     "alibi": ((FLASH,), _SHAPE, lambda: {"mask": C(), "score": eqa.ALiBi.standard(4)}),
     "alibi, far apart": (
-        (FLASH,),
+        (FLASH, REPRODUCIBLE),
         _MANY,
         lambda: {"mask": C(), "score": eqa.ALiBi.standard(16)},
     ),
@@ -227,6 +238,21 @@ SUPPORT: dict[str, tuple[tuple[str, ...], tuple[int, ...], Any]] = {
             "score": eqa.Bias(jnp.where(jnp.arange(300) % 7 == 3, -jnp.inf, 0.5)[None]),
             "nan": jnp.broadcast_to(jnp.arange(300) % 7 == 3, (2, 300)),
         },
+    ),
+    "nan in queries that see nothing": (
+        (FLASH, REPRODUCIBLE),
+        (2, 300, 512, 4, 2, 128, 128),
+        lambda: _unseen(300, 512),
+    ),
+    "nan in queries that see nothing, head_dim 64": (
+        (FLASH, REPRODUCIBLE),
+        (2, 300, 200, 4, 2, 64, 64),
+        lambda: _unseen(300, 200),
+    ),
+    "nan in queries that see nothing, head_dim 256": (
+        (FLASH,),
+        (2, 300, 200, 4, 2, 256, 256),
+        lambda: _unseen(300, 200),
     ),
     "nan behind the mask": (
         BOTH,

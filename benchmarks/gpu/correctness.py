@@ -22,6 +22,10 @@ from .cases import BOTH, MECHANISMS, operands, REPRODUCIBLE, SUPPORT
 from .errors import errors_of
 
 
+# Options of a case that are not those of `eqa.attend`.
+_OURS = ("return_lse", "nan", "nan queries")
+
+
 def _poison():
     """Leaves NaN in the memory that is given out next."""
     jax.block_until_ready([jnp.full((2**24,), jnp.nan) for _ in range(4)])
@@ -45,12 +49,14 @@ def check(name: str, mechanism: str) -> dict[str, Any]:
     options = make()
     dtype = jnp.dtype(options.pop("dtype", "bfloat16"))
     with_lse = options.pop("return_lse", False)
-    hidden = options.pop("nan", None)
+    hidden, unseen = (options.pop(name, None) for name in ("nan", "nan queries"))
     seed = int.from_bytes(os.urandom(4), "little") >> 1
     q, k, v, dout = operands(shape, dtype, seed)
     dlse = jax.random.normal(jax.random.key(seed), dout.shape[:-1], jnp.float32)
     if hidden is not None:  # Tokens whose keys and values are NaN.
         k, v = (jnp.where(hidden[..., None, None], jnp.nan, x) for x in (k, v))
+    if unseen is not None:  # Those that see nothing, and what comes back for them.
+        q, dout = (jnp.where(unseen[..., None, None], jnp.nan, x) for x in (q, dout))
     run = _value_and_grads(MECHANISMS[mechanism], options, with_lse)
     _poison()
     got = jax.block_until_ready(run(q, k, v, dout, dlse))
@@ -84,7 +90,7 @@ def supported(name: str, mechanism: str) -> bool:
     _, shape, make = SUPPORT[name]
     options = make()
     dtype = options.pop("dtype", "bfloat16")
-    options = {k: x for k, x in options.items() if k not in ("return_lse", "nan")}
+    options = {k: x for k, x in options.items() if k not in _OURS}
     q, k, v, _ = operands(shape, jnp.dtype(dtype), 0)
     try:
         jax.eval_shape(ft.partial(eqa.attend, mechanism=mechanism, **options), q, k, v)

@@ -10,16 +10,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .._axes import ceil_div
 from .._mechanism.base import Request
+from .._mechanism.hidden import may_hide, never_empty
 from .bits import packed, where
-from .hopper import along, COLUMN, LOG2E, whole_rows
+from .hopper import (
+    all_finite,
+    along,
+    COLUMN,
+    LOG2E,
+    whole_rows,
+)
 from .logits import logit_of
 from .schedule import place_of, section
 from .tables import never_masked, table, table_in_order
 from .terms import AtTile, keep_fn, Place, terms_of, visible_fn
+from .turns import Turns
 
 
 # How many heads at least are computed at once, if rows wait for one another.
@@ -28,6 +37,9 @@ _SIDE_BY_SIDE = 32
 
 # Those that compute, of a block of threads.
 WARPGROUPS = 2
+# Of the 16 named barriers of a block, Mosaic GPU uses the first ones; the last of these is
+# one for each warpgroup.
+WRITTEN, DONE, LOOK = 5, 6, 7
 
 
 class Blocks(NamedTuple):
@@ -56,9 +68,27 @@ class Refs(NamedTuple):
     some: Any
     inputs: Sequence[Any]
     order: Sequence[Any]
+    taken: Any
     dq: Any
     dk: Any
     dv: Any
+
+
+class Barriers(NamedTuple):
+    """When keys and values are there, and when they were read; likewise those of queries,
+    and of gradients of outputs, one a stage; when those of a tile of which another warp
+    makes zeros were `looked` at, if one does, of as many as either has stages; of gradients
+    of queries, if another warp adds them, both; and those of turns."""
+
+    kv_ready: Any
+    kv_free: Any
+    q_ready: Any
+    q_free: Any
+    dout_ready: Any
+    dout_free: Any
+    looked: Sequence[Any]
+    dq: Sequence[Any]
+    turns: Sequence[Any]
 
 
 class Work:
@@ -82,8 +112,11 @@ class Work:
         self.num_rows = ceil_div(request.lengths[1], rows)
         self.logit = logit = logit_of(request, blocks.query, rows)
         self.scale = logit.scale
-        # Queries beyond the end see nothing, but a score may make NaN of them.
-        self.ragged = logit.term is not None and q_len % blocks.query != 0
+        # Whether there may be queries that see nothing, and hold NaN.
+        self.may_be_empty = not never_empty(request)
+        # Those beyond the end see nothing either, but a score may make NaN of them.
+        beyond = logit.term is not None and q_len % blocks.query != 0
+        self.ragged = beyond or (self.may_be_empty and may_hide(request))
         self.rate = request.pairs.dropout.rate if request.pairs.dropout else 0.0
         self.may_mask = not never_masked(request, rows)
         self.terms = terms_of(
@@ -108,7 +141,6 @@ class Work:
             lse, delta = lse + math.log1p(-self.rate), delta * (1 - self.rate)
         low = lse * (-1 / logit.scale if logit.added else -LOG2E)
         self.lse, self.delta = padded(low, -jnp.inf), padded(-delta, 0)
-        self.dq = jax.new_ref(jnp.zeros(self.q.shape, jnp.float32))
         self.order: list[Any] = []
         # Whether there may be rows that begin with tiles that are not FULL.
         self.high = False
@@ -121,54 +153,80 @@ class Work:
             self.order = [*order, jax.new_ref(jnp.zeros(counts, jnp.int32))]
         else:
             self.tiles = table(request, blocks.query, rows, by_key=True)
+            self.dq = jax.new_ref(jnp.zeros(self.q.shape, jnp.float32))
         # A row waits for those before it: few are to be computed at once.
         side_by_side = section(request, _SIDE_BY_SIDE if blocks.in_order else 1)
         # Whether what dropout keeps is computed before the products, not during them: they
         # leave no registers for it.
         self.early = blocks.query * blocks.key > 64 * 64
         self.place = place_of(batch, self.kv_heads, self.num_rows, side_by_side)
+        self.turns = Turns.of(batch * self.kv_heads * self.num_rows)
 
     @property
-    def num_blocks(self) -> int:
-        """Blocks of threads."""
-        return self.q.shape[0] * self.kv_heads * self.num_rows
+    def stages(self) -> int:
+        """As many as there are at most, of queries or of gradients of outputs."""
+        return max(self.blocks.stages, self.blocks.dout_stages)
 
     @property
     def arrays(self) -> list[Any]:
         operands = (self.q, self.k, self.v, self.dout, self.lse, self.delta)
-        return [*operands, *self.tiles, *self.terms.arrays, *self.order, self.dq]
+        counts = (*self.order, *self.turns.arrays)
+        dq = () if self.order else (self.dq,)
+        return [*operands, *self.tiles, *self.terms.arrays, *counts, *dq]
 
-    def barriers(self, kv_parts: int, parts: int) -> tuple[Any, ...]:
-        """Of keys and values; then of queries and of gradients of outputs, when they are
-        there, and when they are free; and of gradients of queries, if another warp adds
-        them. Keys and values are copied in so many parts in all, the others in so many
-        each, and lse or delta."""
-        ready, free = parts + 1, WARPGROUPS
-        stages = (self.blocks.stages, self.blocks.dout_stages)
-        return (
+    def barriers(self, kv_parts: int, parts: int) -> Barriers:
+        """Keys and values are copied in so many parts in all, queries and gradients of
+        outputs in so many each, and lse or delta."""
+
+        def both(stages):
+            ready = plgpu.Barrier(num_barriers=stages, num_arrivals=parts + 1)
+            return ready, plgpu.Barrier(num_barriers=stages, num_arrivals=WARPGROUPS)
+
+        return Barriers(
             plgpu.Barrier(num_arrivals=kv_parts),
-            *(
-                plgpu.Barrier(num_barriers=count, num_arrivals=arrivals)
-                for arrivals in (ready, free)
-                for count in stages
-            ),
-            *(plgpu.Barrier(num_arrivals=n) for n in (WARPGROUPS, 1) if self.order),
+            plgpu.Barrier(num_arrivals=WARPGROUPS),
+            *both(self.blocks.stages),
+            *both(self.blocks.dout_stages),
+            [plgpu.Barrier(num_barriers=self.stages)] if self.may_be_empty else [],
+            [plgpu.Barrier(num_arrivals=n) for n in (WARPGROUPS, 1) if self.order],
+            self.turns.scratch(WARPGROUPS + self.may_be_empty + bool(self.order)),
         )
 
     @property
     def out_type(self) -> tuple[Any, ...]:
-        return tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (self.k, self.v))
+        """The gradients: of queries too, if what is first to be added is written."""
+        dq = jax.ShapeDtypeStruct(self.q.shape, jnp.float32)
+        others = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (self.k, self.v))
+        return (*([dq] if self.order else []), *others)
+
+    @property
+    def small_type(self) -> Any:
+        """Shared memory for small things: where it starts is a multiple of 1024 bytes."""
+        stages = self.blocks.stages + self.blocks.dout_stages
+        return plgpu.SMEM((stages + 1, self.blocks.query), jnp.float32)
+
+    def small(self, ref: Any) -> tuple[Any, Any, Any]:
+        """In the kernel: lse and delta of each stage, and two numbers."""
+        stages, dout_stages = self.blocks.stages, self.blocks.dout_stages
+        low, delta = (
+            ref.at[pl.ds(first, size)]
+            for first, size in ((0, stages), (stages, dout_stages))
+        )
+        return low, delta, ref.at[stages + dout_stages, pl.ds(0, 2)]
 
     def refs(self, refs: Sequence[Any]) -> tuple[Refs, Sequence[Any]]:
         """In the kernel: its arrays, and its scratch."""
         given, refs = refs[:9], refs[9:]
         inputs, refs = refs[: self.terms.count], refs[self.terms.count :]
         order, refs = refs[: len(self.order)], refs[len(self.order) :]
-        return Refs(*given, inputs, order, *refs[:3]), refs[3:]
+        taken, *refs = refs if self.turns.taken else (None, *refs)
+        return Refs(*given, inputs, order, taken, *refs[:3]), refs[3:]
 
-    def gradients(self, dk: jax.Array, dv: jax.Array) -> tuple[jax.Array, ...]:
+    def gradients(self, *given: jax.Array) -> tuple[jax.Array, ...]:
+        """From what the kernel gives."""
+        dq, dk, dv = given if self.order else (self.dq[...], *given)
         q_len, kv_len = self.request.lengths
-        return self.dq[...][:, :q_len] * self.scale, dk[:, :kv_len], dv[:, :kv_len]
+        return dq[:, :q_len] * self.scale, dk[:, :kv_len], dv[:, :kv_len]
 
     def at(self, refs: Refs, place: Place, masked: bool) -> dict[str, AtTile]:
         """In the kernel: the terms on one tile."""
@@ -182,7 +240,7 @@ class Work:
         self,
         at: dict[str, AtTile],
         numbers: tuple[Any, Any],
-        ready: tuple[Any, Any],
+        ready: Sequence[Any],
         accs: Any,
     ) -> None:
         """Waits for a tile's queries and gradients of outputs; the accumulators of the
@@ -195,7 +253,8 @@ class Work:
         if self.logit.added:
             low = _columns(numbers[0], logits.shape)
             logits[...] = low if added is None else low + added
-        plgpu.barrier_wait(ready[1])
+        for barrier in ready[1:]:
+            plgpu.barrier_wait(barrier)
         dweights[...] = _columns(numbers[1], dweights.shape)
 
     def weights(self, at: dict[str, AtTile], product: jax.Array, low: Any) -> jax.Array:
@@ -256,9 +315,12 @@ def _columns(ref: Any, shape: Any) -> jax.Array:
     return along(plgpu.load(ref, layout=COLUMN), shape, 1)
 
 
-def clean(ref: Any) -> None:
+def clean(ref: Any, name: Any, swizzle: int | None = None) -> None:
     """Keys that are not seen may hold NaN, of which 0 times is NaN. What is seen does not
-    need it here: lse and delta are NaN as well."""
-    x = ref[...]
-    finite = jnp.abs(x.astype(jnp.float32)) < jnp.inf
-    ref[...] = jnp.where(finite, x, jnp.zeros_like(x))
+    need it here: lse and delta are NaN as well. `name` is of a barrier of the warpgroup."""
+
+    @pl.when(~all_finite(ref, name, swizzle))
+    def _():
+        x = ref[...]
+        finite = jnp.abs(x.astype(jnp.float32)) < jnp.inf
+        ref[...] = jnp.where(finite, x, jnp.zeros_like(x))

@@ -1,5 +1,5 @@
-"""In a kernel of the backward pass: a row of tiles, how they are loaded, and how what
-they add to the gradient of queries is added."""
+"""In a kernel of the backward pass: rows of tiles, how they are loaded, and how what they
+add to the gradient of queries is added."""
 
 import functools as ft
 from collections.abc import Callable, Sequence
@@ -11,27 +11,81 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .backward import Refs, WARPGROUPS, Work
-from .hopper import await_count, count, counted, fence
+from .backward import Barriers, Refs, WARPGROUPS, Work
+from .hopper import await_count, count, counted, fence, zero_hidden
 
 
 class Added(NamedTuple):
     """How a tile of the gradient of queries is added: where each warpgroup has a piece of
-    it in shared memory, one after another; for each piece, which queries and channels of
-    the tile it is, as a function of the warpgroup; and if another warp adds them in order,
-    the barriers that say when they are there, and when the next may be."""
+    it in shared memory, one after another; and for each piece, which queries and channels
+    of the tile it is, as a function of the warpgroup."""
 
     smem: Any
     pieces: Sequence[Callable[[Any], tuple[Any, Any]]]
-    barriers: Sequence[Any]
+
+
+class Rows:
+    """In the kernel: the rows of tiles of a block of threads, one after another."""
+
+    def __init__(self, work: Work, refs: Refs, numbers: Any, barriers: Barriers):
+        """`numbers` are two in shared memory."""
+        self.work, self.refs, self.barriers = work, refs, barriers
+        self.turns = (refs.taken, *barriers.turns), numbers
+
+    def each(self, body: Callable[["Row", Any, Any], None], taken: bool = False) -> None:
+        """`body(row, n, done)` for the n-th row, before which there were `done` tiles.
+        What `taken` rows is one warp, that others are told of."""
+        turns = self.work.turns
+        following = ft.partial(turns.take if taken else turns.told, *self.turns)
+
+        def one(state):
+            n, piece, done = state
+            row = Row(self, piece)
+            body(row, n, done)
+            return n + 1, following(n + 1, piece), done + row.num_tiles
+
+        zero = jnp.int32(0)
+        piece = following(zero, turns.before_first())
+        lax.while_loop(lambda state: turns.left(state[1]), one, (zero, piece, zero))
+
+    def copy(
+        self, kv: Any, q: Any, dout: Any, dq: Added, swizzle: int | None = None
+    ) -> None:
+        """What the last warpgroup does, each in one warp: it loads all tiles, makes zeros
+        of queries that see nothing, and adds to the gradient of queries what is to be added
+        in order. `kv` is `(k_smem, v_smem)`, `q` and `dout` are `(smem, numbers)`, where
+        the numbers are lse or delta; `swizzle` is that of tiles in shared memory."""
+        plgpu.set_max_registers(24, action="decrease")
+
+        def load(row, n, done):
+            row.load(n, done, kv, q, dout)
+
+        def look(row, n, done):
+            row.zero_hidden(done, q, dout, swizzle)
+
+        def add(row, n, done):
+            row.add_in_order(dq)
+
+        @plgpu.warp_map
+        def _(warp):
+            pl.when(warp == 0)(lambda: self.each(load, taken=True))
+            if self.work.may_be_empty:
+                pl.when(warp == 2)(lambda: self.each(look))
+            if self.work.order:
+
+                @pl.when(warp == 1)
+                def _():
+                    plgpu.barrier_arrive(self.barriers.dq[1])
+                    self.each(add)
 
 
 class Row:
-    """In the kernel: one row of tiles, and its block of threads."""
+    """In the kernel: one row of tiles."""
 
-    def __init__(self, work: Work, refs: Refs):
-        self.work, self.refs = work, refs
-        self.batch, self.kv_head, self.number = work.place(lax.axis_index("block"))
+    def __init__(self, rows: Rows, piece: Any):
+        self.work, self.refs, self.barriers = rows.work, rows.refs, rows.barriers
+        work, refs = self.work, self.refs
+        self.batch, self.kv_head, self.number = work.place(piece)
         self.at = work.tiles.at(self.batch, self.kv_head, self.number)
         self.whole, self.some = refs.full[self.at], refs.some[self.at]
         self.high = refs.order[0][self.at] if work.high else 0
@@ -72,35 +126,28 @@ class Row:
         head, column, _ = self.tile(n)
         return head, column * self.work.blocks.query
 
-    def copy(self, kv: Any, q: Any, dout: Any, dq: Added) -> None:
-        """What the last warpgroup does: it loads all tiles, and adds to the gradient of
-        queries what is to be added in order, each in one warp. `kv` is `(k_smem, v_smem,
-        ready)`, `q` and `dout` are `(smem, numbers, ready, free)`, where the numbers are
-        lse or delta."""
-        plgpu.set_max_registers(24, action="decrease")
-        if not self.work.order:
-            self._load(kv, q, dout)
-            return
+    def load(self, n: Any, done: Any, kv: Any, q: Any, dout: Any) -> None:
+        """The first tile's queries are loaded while the row before is computed, and so
+        before the keys and values."""
+        work, refs, barriers = self.work, self.refs, self.barriers
 
-        @plgpu.warp_map
-        def _(warp):
-            pl.when(warp == 0)(lambda: self._load(kv, q, dout))
-            pl.when(warp == 1)(lambda: self._add_in_order(dq))
+        def load_keys():
+            @pl.when(n > 0)
+            def _():
+                plgpu.barrier_wait(barriers.kv_free)
 
-    def _load(self, kv: Any, q: Any, dout: Any) -> None:
-        work, refs = self.work, self.refs
-        keys = (self.batch, pl.ds(self.k_base, work.rows), self.kv_head)
-        _copy_parts(refs.k, keys, kv[0], kv[2])
-        _copy_parts(refs.v, keys, kv[1], kv[2])
+            keys = (self.batch, pl.ds(self.k_base, work.rows), self.kv_head)
+            _copy_parts(refs.k, keys, kv[0], barriers.kv_ready)
+            _copy_parts(refs.v, keys, kv[1], barriers.kv_ready)
 
-        def load(n, _):
-            head, first = self.queries(n)
+        def load_queries(t, _):
+            head, first = self.queries(t)
             rows = pl.ds(first, work.blocks.query)
 
             def one(ref, numbers_ref, smem, numbers, ready, free):
-                slot = lax.rem(n, smem.shape[0])
+                slot = lax.rem(done + t, smem.shape[0])
 
-                @pl.when(n >= smem.shape[0])
+                @pl.when(done + t >= smem.shape[0])
                 def _():
                     plgpu.barrier_wait(free.at[slot])
 
@@ -109,17 +156,43 @@ class Row:
                 numbers_at = numbers_ref.at[self.batch, head, rows]
                 plgpu.copy_gmem_to_smem(numbers_at, numbers.at[slot], to)
 
-            one(refs.q, refs.lse, *q)
-            one(refs.dout, refs.delta, *dout)
+            one(refs.q, refs.lse, *q, barriers.q_ready, barriers.q_free)
+            one(refs.dout, refs.delta, *dout, barriers.dout_ready, barriers.dout_free)
+            pl.when(t == 0)(load_keys)
 
-        lax.fori_loop(0, self.num_tiles, load, None)
+        lax.fori_loop(0, self.num_tiles, load_queries, None)
+
+    def ready(self, n: Any) -> list[Any]:
+        """What is to be waited for before the products of the `n`-th tile, of all rows."""
+        stages = (
+            (self.barriers.q_ready, self.work.blocks.stages),
+            (self.barriers.dout_ready, self.work.blocks.dout_stages),
+            *((barrier, self.work.stages) for barrier in self.barriers.looked),
+        )
+        return [barrier.at[lax.rem(n, size)] for barrier, size in stages]
+
+    def zero_hidden(self, done: Any, q: Any, dout: Any, swizzle: int | None) -> None:
+        """Queries that see nothing, and gradients of their outputs, may hold NaN."""
+
+        def step(n, _):
+            *ready, looked = self.ready(done + n)
+            for (smem, _), barrier in zip((q, dout), ready, strict=True):
+                plgpu.barrier_wait(barrier)
+                slot = lax.rem(done + n, smem.shape[0])
+                low = q[1].at[lax.rem(done + n, q[0].shape[0])]
+                for c in range(smem.shape[1]):
+                    zero_hidden(smem.at[slot, c], low, swizzle)
+            fence()
+            plgpu.barrier_arrive(looked)
+
+        lax.fori_loop(0, self.num_tiles, step, None)
 
     def add(self, dq: jax.Array, to: Added, piece: int, me: Any, tile: tuple) -> None:
         """Adds a piece of a tile, which this warpgroup has, to the gradient of queries, or
         hands it over to be added. `tile` is its head and its first query."""
         smem = to.smem.at[me]
         if self.work.order:
-            ready, free = to.barriers
+            ready, free = self.barriers.dq
             plgpu.barrier_wait(free)
             smem[...] = dq
             fence()
@@ -128,28 +201,38 @@ class Row:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             smem[...] = dq
             plgpu.commit_smem()
-            self._copy_added(to, piece, me, tile)
+            self._copy_added(to, piece, me, tile, "add")
 
-    def _copy_added(self, to: Added, piece: int, wg: Any, tile: tuple) -> None:
+    def _copy_added(
+        self, to: Added, piece: int, wg: Any, tile: tuple, operation: Any
+    ) -> None:
         head, first = tile
         queries, channels = to.pieces[piece](wg)
         queries = pl.ds(first + queries.start, queries.size)
         at = self.refs.dq.at[self.batch, queries, head, channels]
-        plgpu.copy_smem_to_gmem(to.smem.at[wg], at, reduction_op="add")
+        plgpu.copy_smem_to_gmem(to.smem.at[wg], at, reduction_op=operation)
 
-    def _add_in_order(self, to: Added) -> None:
-        ready, free = to.barriers
-        plgpu.barrier_arrive(free)
+    def add_in_order(self, to: Added) -> None:
+        ready, free = self.barriers.dq
         last = len(to.pieces) - 1
 
         def step(n, turn):
-            tile = self.queries(n)
+            tile, before = self.queries(n), self._before(n)
             for piece in range(last + 1):
                 plgpu.barrier_wait(ready)
                 if piece == 0:
-                    self._take_turn(n, turn)
-                for wg in range(WARPGROUPS):
-                    self._copy_added(to, piece, wg, tile)
+
+                    @pl.when(turn < before)
+                    def _():
+                        await_count(self._counter(n), before)
+
+                for operation, here in ((None, before == 0), ("add", before > 0)):
+
+                    @pl.when(here)
+                    def _():
+                        for wg in range(WARPGROUPS):
+                            self._copy_added(to, piece, wg, tile, operation)
+
                 if piece == last:
                     turn = self._turn(jnp.minimum(n + 1, self.num_tiles - 1))
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -161,17 +244,14 @@ class Row:
         lax.fori_loop(0, self.num_tiles, step, self._turn(0))
 
     def _turn(self, n: Any) -> Any:
-        """How often the gradient of the queries of the `n`-th tile was added to, so far."""
+        """How many wrote to the gradient of the queries of the `n`-th tile, so far."""
         return counted(self._counter(n))
 
-    def _take_turn(self, n: Any, turn: Any) -> None:
-        """Waits until those were added that come first, unless `turn` says so already."""
+    def _before(self, n: Any) -> Any:
+        """How many write to it before this row: the first does not add, as there is
+        nothing there."""
         _, _, here = self.tile(n)
-        before = self.refs.order[1][here]
-
-        @pl.when(turn < before)
-        def _():
-            await_count(self._counter(n), before)
+        return self.refs.order[1][here]
 
     def _counter(self, n: Any) -> Any:
         head, column, _ = self.tile(n)

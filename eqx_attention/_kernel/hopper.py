@@ -126,9 +126,10 @@ def count(counter: Any) -> None:
     signal(counter)
 
 
-def all_finite(x: Any, name: Any) -> jax.Array:
+def all_finite(x: Any, name: Any, swizzle: int | None = None) -> jax.Array:
     """Whether all numbers are finite of an array in shared memory that the matrix units
-    read, in 16 bits. `name` is of a barrier of the warpgroup that asks."""
+    read, in 16 bits. `name` is of a barrier of the warpgroup that asks, `swizzle` as for
+    `smem`."""
     i32, bits = jnp.int32, 16
     vectors = x.shape[0] * x.shape[1] * bits // (8 * _VECTOR * THREADS)
     kind = "bf16x2" if x.dtype == jnp.bfloat16 else "f16x2"
@@ -139,7 +140,7 @@ def all_finite(x: Any, name: Any) -> jax.Array:
     )
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(_tiled(x.shape, x.dtype, None)), SCALAR),
+        arg_types=(plgpu.RefType(_tiled(x.shape, x.dtype, swizzle)), SCALAR),
         return_type=plgpu.ShapeDtypeStruct((), i32, layout=SCALAR),
     )
     def look(_, ref, name):
@@ -158,6 +159,41 @@ def all_finite(x: Any, name: Any) -> jax.Array:
         return FragmentedArray.splat(found, (), is_signed=True)
 
     return look(x, jnp.asarray(name, i32)) != 0
+
+
+def zero_hidden(x: Any, numbers: Any, swizzle: int | None = None) -> None:
+    """In one warp: makes zeros of the rows of `x`, as of `all_finite`, whose numbers, in
+    shared memory too, are -inf."""
+    (rows, columns), size = x.shape, swizzle or 128
+    tiles = columns * 2 // size
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(_tiled(x.shape, x.dtype, size)), plgpu.RefType())
+    )
+    def write(_, ref, numbers):
+        # Swizzling moves 16 bytes at a time within a row of a tile.
+        zeros = "".join(
+            f"st.shared.v4.b32 [to+{tile * 8 * size + n}], {{z, z, z, z}}; "
+            for tile in range(tiles)
+            for n in range(0, size, 16)
+        )
+        each = "".join(
+            f"add.u32 row, lane, {first}; mad.lo.u32 at, row, 4, $1; "
+            "ld.shared.f32 x, [at]; setp.neu.f32 seen, x, 0fFF800000; "
+            f"@seen bra SEEN{first}; and.b32 to, row, 7; shr.u32 row, row, 3; "
+            f"mad.lo.u32 to, to, {size}, $0; mad.lo.u32 to, row, {tiles * 8 * size}, to; "
+            f"{zeros} SEEN{first}: "
+            for first in range(0, rows, 32)
+        )
+        code = (
+            "{ .reg .pred seen; .reg .b32 lane, row, at, to, z; .reg .f32 x; "
+            f"mov.u32 lane, %laneid; mov.b32 z, 0; {each} bar.warp.sync 0xffffffff; }}"
+        )
+        void = ir.Type.parse("!llvm.void")
+        pointers = [utils.memref_ptr(x) for x in (ref, numbers)]
+        llvm.inline_asm(void, pointers, code, "r,r", has_side_effects=True)
+
+    write(x, numbers)
 
 
 def fill(source: Any, to: Any, again: Any, ready: Any, free: Any) -> None:

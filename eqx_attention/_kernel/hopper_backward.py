@@ -14,13 +14,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .._mechanism.base import Request
-from .backward import Blocks, clean, dropped, WARPGROUPS, Work
-from .backward_row import Added, Row
+from .backward import Blocks, clean, DONE, dropped, LOOK, WARPGROUPS, Work, WRITTEN
+from .backward_row import Added, Rows
 from .hopper import fence, launch, opaque, smem, sync, THREADS
 from .terms import Place
 
 
-_WRITTEN, _DONE = 5, 6
 _CHUNK = 64
 
 
@@ -36,8 +35,8 @@ def backward(
     - `dout`: as `out`, in the dtype of the operands.
     """
     head_dim, value_dim = request.query.shape[-1], request.value.shape[-1]
-    rows = blocks.key * WARPGROUPS
-    work = Work(request, lse, delta, dout, blocks, rows)
+    keys = blocks.key * WARPGROUPS
+    work = Work(request, lse, delta, dout, blocks, keys)
     block, dtype = blocks.query, request.query.dtype
     stages, dout_stages = blocks.stages, blocks.dout_stages
     chunks, q_chunks = head_dim // _CHUNK, block // _CHUNK
@@ -52,32 +51,44 @@ def backward(
         q_chunk, chunk = part_of(wg)
         return pl.ds(q_chunk * _CHUNK, _CHUNK), pl.ds(chunk * _CHUNK, _CHUNK)
 
+    # Gradients of keys and values leave by where those of logits were, and by more.
+    held = 2 * q_chunks
+    more = parts_left_over(head_dim, value_dim, blocks)
+
     def kernel(*refs):
         refs, scratch = work.refs(refs)
-        k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem, *scratch = scratch
-        ds_smem, dq_smem, kv_ready, q_ready, dout_ready, *scratch = scratch
-        q_free, dout_free, *dq_barriers = scratch
-        added = Added(dq_smem, [piece], dq_barriers)
-        row = Row(work, refs)
+        k_smem, v_smem, q_smem, dout_smem, small_smem, *scratch = scratch
+        lse_smem, delta_smem, numbers = work.small(small_smem)
+        ds_smem, dq_smem, *more_smem, barriers = scratch
+        added = Added(dq_smem, [piece])
+        rows = Rows(work, refs, numbers, barriers)
         wg = lax.axis_index("warpgroup")
 
-        @pl.when(wg < WARPGROUPS)
-        def _compute():
-            plgpu.set_max_registers(240, action="increase")
+        def leaving(n):
+            if n < held:
+                return ds_smem.at[n // q_chunks, n % q_chunks]
+            return more_smem[0].at[n - held]
+
+        def compute(row, _, done):
             k_base = row.k_base + wg * blocks.key
             own = pl.ds(wg * blocks.key, blocks.key)
-            plgpu.barrier_wait(kv_ready)
+            plgpu.barrier_wait(barriers.kv_ready)
             if work.may_mask:
                 for c in range(chunks):
-                    clean(k_smem.at[c, own])
-                clean(v_smem.at[0, own])
+                    clean(k_smem.at[c, own], LOOK + wg)
+                clean(v_smem.at[0, own], LOOK + wg)
                 plgpu.commit_smem()
-                sync(_DONE, WARPGROUPS * THREADS)
+                sync(DONE, WARPGROUPS * THREADS)
+            # What left after the last row is read before it is overwritten.
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
             def over_queries(dk_acc, dv_acc):
                 def step(masked, n):
-                    slot, dout_slot = lax.rem(n, stages), lax.rem(n, dout_stages)
-                    buffer = lax.rem(n, 2)
+                    slot, dout_slot = (
+                        lax.rem(done + n, size) for size in (stages, dout_stages)
+                    )
+                    buffer = lax.rem(done + n, 2)
+                    low, delta = lse_smem.at[slot], delta_smem.at[dout_slot]
                     head, first = row.queries(n)
                     at = work.at(
                         refs, Place(row.batch, head, first, k_base, shape, 1), masked
@@ -86,11 +97,11 @@ def backward(
                     own = pl.ds(me * blocks.key, blocks.key)
                     q_chunk, chunk = part_of(me)
                     kept_ = work.kept(at) if work.early else ()
-                    low, delta = lse_smem.at[slot], delta_smem.at[dout_slot]
 
                     def of_product(s_acc, dweights_acc):
-                        ready = q_ready.at[slot], dout_ready.at[dout_slot]
-                        work.begin(at, (low, delta), ready, (s_acc, dweights_acc))
+                        work.begin(
+                            at, (low, delta), row.ready(done + n), (s_acc, dweights_acc)
+                        )
                         for c in range(chunks):
                             part = pl.ds(c * _CHUNK, _CHUNK)
                             q_part = q_smem.at[slot, 0, :, part]
@@ -113,7 +124,7 @@ def backward(
                     for c in range(q_chunks):
                         ds_smem[buffer, c, own] = ds[:, c * _CHUNK : (c + 1) * _CHUNK]
                     fence()
-                    sync(_WRITTEN, WARPGROUPS * THREADS)
+                    sync(WRITTEN, WARPGROUPS * THREADS)
 
                     def of_tokens(dq_acc):
                         plgpu.wgmma(dq_acc, ds_smem.at[buffer, q_chunk].T, k_smem.at[chunk])
@@ -121,13 +132,14 @@ def backward(
                         dq = plgpu.wgmma_accumulator_load(dq_acc, wait_n=1)
                         row.add(dq, added, 0, me, (head, first))
                         plgpu.wgmma_wait(0)
-                        plgpu.barrier_arrive(q_free.at[slot])
-                        plgpu.barrier_arrive(dout_free.at[dout_slot])
+                        plgpu.barrier_arrive(barriers.q_free.at[slot])
+                        plgpu.barrier_arrive(barriers.dout_free.at[dout_slot])
 
                     accumulator = plgpu.WGMMAAccumulatorRef((_CHUNK, _CHUNK), jnp.float32)
                     pl.run_scoped(of_tokens, accumulator)
 
                 row.for_tiles(step)
+                plgpu.barrier_arrive(barriers.kv_free)
                 return dk_acc[...], dv_acc[...]
 
             dk, dv = pl.run_scoped(
@@ -136,44 +148,52 @@ def backward(
                 plgpu.WGMMAAccumulatorRef((blocks.key, value_dim), jnp.float32),
             )
             # The other warpgroup may still read what this overwrites.
-            sync(_DONE, WARPGROUPS * THREADS)
-            dk = dk * work.scale
-            for c in range(chunks):
-                k_smem[c, own] = dk[:, c * _CHUNK : (c + 1) * _CHUNK].astype(dtype)
-            v_smem[0, own] = dv.astype(dtype)
-            plgpu.commit_smem()
+            sync(DONE, WARPGROUPS * THREADS)
             mine = (row.batch, pl.ds(k_base, blocks.key), row.kv_head)
-            for c in range(chunks):
-                to = refs.dk.at[(*mine, pl.ds(c * _CHUNK, _CHUNK))]
-                plgpu.copy_smem_to_gmem(k_smem.at[c, own], to)
-            plgpu.copy_smem_to_gmem(v_smem.at[0, own], refs.dv.at[mine])
+            parts = [
+                (to, x, c * _CHUNK)
+                for to, x in ((refs.dv, dv), (refs.dk, dk * work.scale))
+                for c in range(x.shape[1] // _CHUNK)
+            ]
+            for n, (_, x, c) in enumerate(parts):
+                leaving(n)[own] = x[:, c : c + _CHUNK].astype(dtype)
+            plgpu.commit_smem()
+            for n, (to, _, c) in enumerate(parts):
+                to = to.at[(*mine, pl.ds(c, _CHUNK))]
+                plgpu.copy_smem_to_gmem(leaving(n).at[own], to)
+
+        @pl.when(wg < WARPGROUPS)
+        def _compute():
+            plgpu.set_max_registers(240, action="increase")
+            rows.each(compute)
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(wg == WARPGROUPS)
         def _copy():
-            row.copy(
-                (k_smem, v_smem, kv_ready),
-                (q_smem, lse_smem, q_ready, q_free),
-                (dout_smem, delta_smem, dout_ready, dout_free),
-                added,
-            )
+            rows.copy((k_smem, v_smem), (q_smem, lse_smem), (dout_smem, delta_smem), added)
 
-    dk, dv = launch(
+    grads = launch(
         kernel,
         "backward",
-        work.num_blocks,
+        work.turns.programs,
         WARPGROUPS,
         out_type=work.out_type,
         scratch_types=(
-            smem((chunks, rows, _CHUNK), dtype),
-            smem((1, rows, value_dim), dtype),
+            smem((chunks, keys, _CHUNK), dtype),
+            smem((1, keys, value_dim), dtype),
             smem((stages, 1, block, head_dim), dtype),
             smem((dout_stages, 1, block, value_dim), dtype),
-            plgpu.SMEM((stages, block), jnp.float32),
-            plgpu.SMEM((dout_stages, block), jnp.float32),
-            smem((2, q_chunks, rows, _CHUNK), dtype),
+            work.small_type,
+            smem((2, q_chunks, keys, _CHUNK), dtype),
             smem((WARPGROUPS, _CHUNK, _CHUNK), jnp.float32),
-            *work.barriers(chunks + 1, 1),
+            *([smem((more, keys, _CHUNK), dtype)] if more else []),
+            work.barriers(chunks + 1, 1),
         ),
     )(*work.arrays)
-    return work.gradients(dk, dv)
+    return work.gradients(*grads)
+
+
+def parts_left_over(head_dim: int, value_dim: int, blocks: Blocks) -> int:
+    """How many parts of 64 channels the gradients of keys and values have, beyond those
+    that leave by where the gradients of logits were."""
+    return max(0, (head_dim + value_dim) // _CHUNK - 2 * (blocks.query // _CHUNK))

@@ -15,13 +15,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .._axes import largest_divisor
 from .._mechanism.base import Request
-from .backward import Blocks, clean, dropped, WARPGROUPS, Work
-from .backward_row import Added, Row
+from .backward import Blocks, clean, DONE, dropped, LOOK, WARPGROUPS, Work, WRITTEN
+from .backward_row import Added, Rows
 from .hopper import fence, launch, opaque, smem, sync, THREADS
 from .terms import Place
 
 
-_WRITTEN, _DONE = 5, 6
 # Bytes of a row of shared memory's tiles: those of the queries of a warpgroup.
 _SWIZZLE = 64
 
@@ -36,8 +35,7 @@ def backward(
 ) -> tuple[jax.Array, ...]:
     """As `hopper_backward.backward`."""
     head_dim, value_dim = request.query.shape[-1], request.value.shape[-1]
-    rows = blocks.key
-    work = Work(request, lse, delta, dout, blocks, rows)
+    work = Work(request, lse, delta, dout, blocks, blocks.key)
     block, dtype = blocks.query, request.query.dtype
     stages, dout_stages = blocks.stages, blocks.dout_stages
     half, v_half = head_dim // 2, value_dim // 2
@@ -51,27 +49,27 @@ def backward(
 
     def kernel(*refs):
         refs, scratch = work.refs(refs)
-        k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem, *scratch = scratch
-        weights_smem, ds_smem, dq_smem, kv_ready, q_ready, dout_ready, *scratch = scratch
-        q_free, dout_free, *dq_barriers = scratch
-        added = Added(dq_smem, pieces, dq_barriers)
-        row = Row(work, refs)
+        k_smem, v_smem, q_smem, dout_smem, small_smem, *scratch = scratch
+        lse_smem, delta_smem, numbers = work.small(small_smem)
+        weights_smem, ds_smem, dq_smem, barriers = scratch
+        added = Added(dq_smem, pieces)
+        rows = Rows(work, refs, numbers, barriers)
         wg = lax.axis_index("warpgroup")
 
-        @pl.when(wg < WARPGROUPS)
-        def _compute():
-            plgpu.set_max_registers(240, action="increase")
-            plgpu.barrier_wait(kv_ready)
+        def compute(row, _, done):
+            plgpu.barrier_wait(barriers.kv_ready)
             if work.may_mask:
-                clean(k_smem.at[wg])
-                clean(v_smem.at[wg])
+                clean(k_smem.at[wg], LOOK + wg, _SWIZZLE)
+                clean(v_smem.at[wg], LOOK + wg, _SWIZZLE)
                 plgpu.commit_smem()
-                sync(_DONE, WARPGROUPS * THREADS)
+                sync(DONE, WARPGROUPS * THREADS)
 
             def over_queries(dk_acc, dv_acc):
                 def step(masked, n):
-                    slot, dout_slot = lax.rem(n, stages), lax.rem(n, dout_stages)
-                    buffer = lax.rem(n, 2)
+                    slot, dout_slot = (
+                        lax.rem(done + n, size) for size in (stages, dout_stages)
+                    )
+                    buffer = lax.rem(done + n, 2)
                     head, first = row.queries(n)
                     me = opaque(wg)
                     mine = pl.ds(me * shape[1], shape[1])
@@ -82,8 +80,9 @@ def backward(
                     low, delta = lse_smem.at[slot, mine], delta_smem.at[dout_slot, mine]
 
                     def of_product(s_acc, dweights_acc):
-                        ready = q_ready.at[slot], dout_ready.at[dout_slot]
-                        work.begin(at, (low, delta), ready, (s_acc, dweights_acc))
+                        work.begin(
+                            at, (low, delta), row.ready(done + n), (s_acc, dweights_acc)
+                        )
                         for c in range(2):
                             plgpu.wgmma(s_acc, k_smem.at[c], q_smem.at[slot, c, mine].T)
                         for c in range(2):
@@ -102,7 +101,7 @@ def backward(
                     tile = plgpu.WGMMAAccumulatorRef(shape, jnp.float32)
                     pl.run_scoped(of_product, tile, tile)
                     fence()
-                    sync(_WRITTEN, WARPGROUPS * THREADS)
+                    sync(WRITTEN, WARPGROUPS * THREADS)
                     plgpu.wgmma(
                         dv_acc, weights_smem.at[buffer], dout_smem.at[dout_slot, me]
                     )
@@ -119,8 +118,8 @@ def backward(
                         accumulator = plgpu.WGMMAAccumulatorRef((block, piece), jnp.float32)
                         pl.run_scoped(of_tokens, accumulator)
                     plgpu.wgmma_wait(0)
-                    plgpu.barrier_arrive(dout_free.at[dout_slot])
-                    plgpu.barrier_arrive(q_free.at[slot])
+                    plgpu.barrier_arrive(barriers.dout_free.at[dout_slot])
+                    plgpu.barrier_arrive(barriers.q_free.at[slot])
 
                 row.for_tiles(step)
                 return dk_acc[...], dv_acc[...]
@@ -131,7 +130,7 @@ def backward(
                 plgpu.WGMMAAccumulatorRef((blocks.key, v_half), jnp.float32),
             )
             # The other warpgroup may still read what this overwrites.
-            sync(_DONE, WARPGROUPS * THREADS)
+            sync(DONE, WARPGROUPS * THREADS)
             k_smem[wg] = (dk * work.scale).astype(dtype)
             v_smem[wg] = dv.astype(dtype)
             plgpu.commit_smem()
@@ -140,37 +139,44 @@ def backward(
             plgpu.copy_smem_to_gmem(k_smem.at[wg], to)
             to = refs.dv.at[(*keys, pl.ds(wg * v_half, v_half))]
             plgpu.copy_smem_to_gmem(v_smem.at[wg], to)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.barrier_arrive(barriers.kv_free)
+
+        @pl.when(wg < WARPGROUPS)
+        def _compute():
+            plgpu.set_max_registers(240, action="increase")
+            rows.each(compute)
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(wg == WARPGROUPS)
         def _copy():
-            row.copy(
-                (k_smem, v_smem, kv_ready),
-                (q_smem, lse_smem, q_ready, q_free),
-                (dout_smem, delta_smem, dout_ready, dout_free),
+            rows.copy(
+                (k_smem, v_smem),
+                (q_smem, lse_smem),
+                (dout_smem, delta_smem),
                 added,
+                _SWIZZLE,
             )
 
     def tiled(*shape):
         return smem(shape, dtype, _SWIZZLE)
 
-    dk, dv = launch(
+    grads = launch(
         kernel,
         "backward",
-        work.num_blocks,
+        work.turns.programs,
         WARPGROUPS,
         out_type=work.out_type,
         scratch_types=(
-            tiled(2, rows, half),
-            tiled(2, rows, v_half),
+            tiled(2, blocks.key, half),
+            tiled(2, blocks.key, v_half),
             tiled(stages, 2, block, half),
             tiled(dout_stages, 2, block, v_half),
-            plgpu.SMEM((stages, block), jnp.float32),
-            plgpu.SMEM((dout_stages, block), jnp.float32),
+            work.small_type,
             tiled(2, blocks.key, block),
             tiled(2, blocks.key, block),
             smem((WARPGROUPS, block, piece), jnp.float32),
-            *work.barriers(4, 2),
+            work.barriers(4, 2),
         ),
     )(*work.arrays)
-    return work.gradients(dk, dv)
+    return work.gradients(*grads)

@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from .._axes import ceil_div
-from .._mask import Full
+from .._mask import And, Causal, Full
 from .._mechanism.base import Blocks, Request
 from .._mechanism.negligible import may_be_negligible
 from .._mechanism.plan import by_rank, Grid, Kinds, kinds, lists
@@ -70,7 +70,7 @@ def table_in_order(request: Request, block_q: int, block_k: int) -> tuple[Table,
         before = jnp.take_along_axis(before, columns, -1)
         return Table(columns, full, some), Order(high, before)
 
-    return _of_kinds(build, request, block_q, block_k, True)
+    return _of_kinds(build, request, block_q, block_k, True, in_order=True)
 
 
 def _of_kinds(
@@ -79,6 +79,7 @@ def _of_kinds(
     block_q: int,
     block_k: int,
     by_key: bool,
+    in_order: bool = False,
 ) -> T:
     pairs = request.pairs
     q_len, kv_len = request.lengths
@@ -95,10 +96,13 @@ def _of_kinds(
             found = Kinds(found.some, found.every.at[..., -1].set(False))
         if by_key:
             found = Kinds(*(x.swapaxes(2, 3) for x in found))
-        # Each row computes a tile, also one that sees nothing: masked, that is harmless.
-        none = ~found.some.any(-1)
-        first = lax.broadcasted_iota(jnp.int32, found.some.shape, 3) == 0
-        some, every = found.some | (none[..., None] & first), found.every
+        # Each row computes a tile, also one that sees nothing: masked, that is harmless. In
+        # order, each column has one, too.
+        some, every = found
+        row, column = (lax.broadcasted_iota(jnp.int32, some.shape, n) for n in (2, 3))
+        if in_order:
+            some = some | (~some.any(2, keepdims=True) & (row == 0))
+        some = some | (~some.any(3, keepdims=True) & (column == 0))
         if never_masked(request, block_k):
             # Then it was negligible, and kernels look at those that are FULL alone.
             every = some
@@ -129,3 +133,19 @@ def backwards(kinds: Kinds) -> tuple[Array, Array, Array, Array]:
 def never_masked(request: Request, block_k: int) -> bool:
     """Whether it is known at trace time that every tile is FULL."""
     return isinstance(request.pairs.mask, Full) and request.lengths[1] % block_k == 0
+
+
+def sees_no_later(request: Request) -> bool:
+    """Whether it is known at trace time that there is a key for each query, by number, and
+    that none sees those after its own."""
+    pairs, (q_len, kv_len) = request.pairs, request.lengths
+    counted = pairs.q.counted and pairs.kv.counted and pairs.q.shift == pairs.kv.shift
+    parts = pairs.mask.masks if isinstance(pairs.mask, And) else (pairs.mask,)
+
+    def causal(mask):
+        match mask:
+            case Causal(offset=int(offset)):
+                return offset <= 0
+        return False
+
+    return counted and q_len == kv_len and any(map(causal, parts))

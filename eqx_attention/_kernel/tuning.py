@@ -8,13 +8,16 @@ from typing import Any, NamedTuple
 from .._axes import ceil_div
 from .._mask import Full
 from .._mechanism.base import Request
+from .._mechanism.negligible import may_be_negligible
 from . import backward, hopper_backward, hopper_backward_wide, hopper_forward
 from .hidden_values import PART
+from .tables import sees_no_later
 
 
 TABLE = pathlib.Path(__file__).parent / "tuning.json"
 # Bytes of shared memory that tiles may take, and registers of a thread.
 _SHARED = 225 * 1024
+_ALIGNED = 1024
 _REGISTERS = {2: 208, 3: 136}  # by the number of warpgroups
 
 
@@ -68,9 +71,13 @@ def backward_fits(sizes: Sizes, blocks: backward.Blocks) -> bool:
     pairs = 4 * blocks.key * blocks.query
     piece = 64 if sizes.narrow else hopper_backward_wide.piece_of(sizes.head_dim)
     added = 2 * 64 * piece
-    numbers = blocks.query * (blocks.stages + blocks.dout_stages)
-    shared = 2 * (keys * both + blocks.query * queries + pairs) + 4 * (added + numbers)
-    return shared <= _SHARED
+    numbers = 4 * blocks.query * (blocks.stages + blocks.dout_stages + 1)
+    shared = 2 * (keys * both + blocks.query * queries + pairs) + 4 * added
+    shared += ceil_div(numbers, _ALIGNED) * _ALIGNED
+    if sizes.narrow:
+        parts = hopper_backward.parts_left_over(sizes.head_dim, sizes.value_dim, blocks)
+        shared += 2 * parts * keys * 64
+    return shared <= _SHARED + _ALIGNED
 
 
 def forward_blocks(sizes: Sizes) -> hopper_forward.Blocks:
@@ -84,6 +91,13 @@ def forward_blocks(sizes: Sizes) -> hopper_forward.Blocks:
 def backward_kernels(sizes: Sizes) -> Any:
     """The module that has the backward."""
     return hopper_backward if sizes.narrow else hopper_backward_wide
+
+
+def faster_in_order(request: Request) -> bool:
+    """Whether the backward takes less time if gradients of queries are added up in the same
+    order each time: where rows do not wait, as each is behind the one before it."""
+    narrow = sizes_of(request).narrow
+    return narrow and sees_no_later(request) and not may_be_negligible(request)
 
 
 def backward_blocks(sizes: Sizes, in_order: bool) -> backward.Blocks:

@@ -43,22 +43,27 @@ class Turns(NamedTuple):
         """What a kernel is given: how many pieces were taken."""
         return [jax.new_ref(jnp.zeros(1, jnp.int32))] if self.taken else []
 
-    def scratch(self, warpgroups: int) -> list[Any]:
-        """Of a kernel in which so many warpgroups compute: when the numbers of two pieces
-        are there, and when they have been read."""
+    def scratch(self, readers: int) -> list[Any]:
+        """Of a kernel in which so many warpgroups or warps are told: when the numbers of
+        two pieces are there, and when they have been read."""
         if not self.taken:
             return []
         return [
             plgpu.Barrier(num_barriers=2),
-            plgpu.Barrier(num_barriers=2, num_arrivals=warpgroups),
+            plgpu.Barrier(num_barriers=2, num_arrivals=readers),
         ]
 
     def take(
-        self, refs: Sequence[Any], numbers: Any, n: Any, before: Any, name: int
+        self,
+        refs: Sequence[Any],
+        numbers: Any,
+        n: Any,
+        before: Any,
+        name: int | None = None,
     ) -> jax.Array:
         """In the warpgroup that copies: its n-th piece, of `pieces` or more if there is
         none. `before` is the one before it, `numbers` are two of 32 bits in shared memory,
-        and `name` is that of a barrier of its own."""
+        and `name` is that of a barrier of its own; `None` if one warp does this."""
         if not self.taken:
             return before + self.programs
         counter, ready, free = refs
@@ -68,8 +73,9 @@ class Turns(NamedTuple):
         def _():
             plgpu.barrier_wait(free.at[slot])
 
-        _take(counter, numbers, slot)
-        sync(name, THREADS)
+        _take(counter, numbers, slot, warp=name is None)
+        if name is not None:
+            sync(name, THREADS)
         plgpu.barrier_arrive(ready.at[slot])
         return _read(numbers, slot)
 
@@ -91,18 +97,20 @@ class Turns(NamedTuple):
         return piece < self.pieces
 
 
-def _take(counter: Any, numbers: Any, slot: Any) -> None:
+def _take(counter: Any, numbers: Any, slot: Any, warp: bool) -> None:
     """Adds one to a number in global memory, and writes what it was to shared memory."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), SCALAR))
     def take(_, counter, numbers, slot):
-        one = utils.single_thread_predicate(utils.ThreadSubset.WARPGROUP)
-        code = """{
+        who = utils.ThreadSubset.WARP if warp else utils.ThreadSubset.WARPGROUP
+        one = utils.single_thread_predicate(who)
+        code = f"""{{
             .reg .b32 n, to;
             @$3 atom.relaxed.gpu.global.add.u32 n, [$0], 1;
             mad.lo.u32 to, $2, 4, $1;
             @$3 st.shared.u32 [to], n;
-        }"""
+            {"bar.warp.sync 0xffffffff;" if warp else ""}
+        }}"""
         pointers = [utils.memref_ptr(x) for x in (counter, numbers)]
         operands = [*pointers, slot.registers[()], one]
         void = ir.Type.parse("!llvm.void")

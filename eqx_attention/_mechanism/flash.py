@@ -16,7 +16,7 @@ from .base import (
 )
 from .blockwise import Blockwise, of_arrays
 from .gather import keys_are_split
-from .hidden import seen_queries, seen_rows
+from .hidden import rows_of
 from .varying import untyped
 
 
@@ -89,13 +89,19 @@ class Flash(AbstractMechanism):
         dlse: Float[Array, "batch q_len q_heads"] | None,
         wrt: tuple[int, ...],
     ) -> Gradients:
-        from .._kernel.tuning import backward_blocks, backward_kernels, sizes_of
+        from .._kernel.tuning import (
+            backward_blocks,
+            backward_kernels,
+            faster_in_order,
+            sizes_of,
+        )
 
-        wide = padded_heads(seen_queries(request, lse))
+        wide = padded_heads(request)
         sizes = sizes_of(request)
-        low, dout_, delta = seen_rows(request, out, lse, dout, dlse)
-        dout_ = _wider(dout_.astype(request.query.dtype), wide.value.shape[-1])
-        blocks = backward_blocks(sizes, self.reproducible)
+        low, delta = rows_of(out, lse, dout, dlse)
+        dout_ = _wider(dout.astype(request.query.dtype), wide.value.shape[-1])
+        in_order = self.reproducible or faster_in_order(request)
+        blocks = backward_blocks(sizes, in_order)
         backward = backward_kernels(sizes).backward
         grads = untyped(backward, wide, low, delta, dout_, blocks)
         inputs = (request.query, request.key_, request.value)

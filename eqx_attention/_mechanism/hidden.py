@@ -53,7 +53,7 @@ def may_hide(request: Request) -> bool:
 
 def seen_queries(request: Request, lse: Array) -> Request:
     """Queries that see nothing may hold NaN: they become zeros."""
-    if _never_empty(request):
+    if never_empty(request):
         return request
     query = jnp.where(jnp.isneginf(lse)[..., None], 0, request.query)
     return dataclasses.replace(request, query=query)
@@ -62,22 +62,27 @@ def seen_queries(request: Request, lse: Array) -> Request:
 def seen_rows(
     request: Request, out: Array, lse: Array, dout: Array, dlse: Array | None
 ) -> tuple[Array, Array, Array]:
-    """What the gradient needs of each row: `(lse, dout, delta)`.
-
-    Rows that see nothing get the log-sum-exp +inf, so that all their weights are 0, and
-    zeros for what the weights are multiplied with.
-    """
-    empty = jnp.isneginf(lse)
+    """What the gradient needs of each row, `(lse, dout, delta)`: as `rows_of`, and zeros
+    where rows that see nothing may have gradients of NaN."""
     dout = dout.astype(lse.dtype)
-    if not _never_empty(request):
-        dout = jnp.where(empty[..., None], 0, dout)
-    delta = (dout * out.astype(lse.dtype)).sum(-1)
+    if not never_empty(request):
+        dout = jnp.where(jnp.isneginf(lse)[..., None], 0, dout)
+    low, delta = rows_of(out, lse, dout, dlse)
+    return low, dout, delta
+
+
+def rows_of(out: Array, lse: Array, dout: Array, dlse: Array | None) -> tuple[Array, Array]:
+    """What is subtracted from the logits of each row, and from gradients of its weights:
+    `(lse, delta)`. Rows that see nothing get the log-sum-exp +inf, so that all their
+    weights are 0, and a delta of 0."""
+    empty = jnp.isneginf(lse)
+    delta = (dout.astype(lse.dtype) * out.astype(lse.dtype)).sum(-1)
     if dlse is not None:
-        delta = delta - jnp.where(empty, 0, dlse)
-    return jnp.where(empty, jnp.inf, lse), dout, delta
+        delta = delta - dlse
+    return jnp.where(empty, jnp.inf, lse), jnp.where(empty, 0, delta)
 
 
-def _never_empty(request: Request) -> bool:
+def never_empty(request: Request) -> bool:
     """Whether it is known at trace time that each query sees a key."""
     pairs, (q_len, kv_len) = request.pairs, request.lengths
     if may_hide(request):
