@@ -179,7 +179,8 @@ def main() -> None:
             report["steps"].append(row)
             write_json(args.out, report)
             text = f"step of ({batch}, {length}): {row['step_us']:.0f} us, of which"
-            print(f"{text} kernels that attend {row['of_step']:.1%}", flush=True)
+            shares = f"{row['kernels_of_step']:.1%}, those that attend {row['of_step']:.1%}"
+            print(f"{text} kernels {shares}", flush=True)
     for batch, length in SMALL if small else SHAPES:
         for title, variant in VARIANTS.items():
             for kind in KINDS:

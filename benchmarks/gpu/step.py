@@ -1,6 +1,8 @@
-"""A step of decoding of a whole model, and how much of it is attention: the model of
-examples/train_lm.py, with as many heads, of as many channels, as the caches here have."""
+"""A step of decoding of a whole model, and how much of it are kernels, and those that
+attend: the model of examples/train_lm.py, with as many heads, of as many channels, as the
+caches here have."""
 
+import os
 import pathlib
 import sys
 import time
@@ -47,14 +49,14 @@ def _step(model: Any, caches: Any, tokens: Any) -> Any:
     return jax.vmap(one)(caches, tokens)
 
 
-def _attending(run: Any) -> float:
-    """Seconds of kernels that attend, of all that `run` does."""
-    return sum(
-        (event.end - event.start) * 1e-9
-        for found in profiled(run).values()
-        for event in found
-        if any(word in event.name for word in _ATTENDS)
+def _kernels(run: Any) -> tuple[float, float]:
+    """Seconds of all kernels that `run` runs, and of those that attend."""
+    events = [event for found in profiled(run).values() for event in found]
+    attend = [event for event in events if any(word in event.name for word in _ATTENDS)]
+    whole, attending = (
+        sum(event.end - event.start for event in found) * 1e-9 for found in (events, attend)
     )
+    return whole, attending
 
 
 def step(batch: int, length: int, heads: tuple[int, int, int], dtype: Any) -> dict:
@@ -84,7 +86,7 @@ def step(batch: int, length: int, heads: tuple[int, int, int], dtype: Any) -> di
     start = time.perf_counter()
     run()
     seconds = (time.perf_counter() - start) / STEPS
-    attends = _attending(run) / STEPS
+    whole, attends = (x / STEPS for x in _kernels(run))
     return {
         "batch": batch,
         "length": length,
@@ -92,6 +94,10 @@ def step(batch: int, length: int, heads: tuple[int, int, int], dtype: Any) -> di
         "depth": DEPTH,
         "step_us": seconds * 1e6,
         "attention_kernels_us": attends * 1e6,
+        "kernels_us": whole * 1e6,
         "of_step": attends / seconds,
+        "kernels_of_step": whole / seconds,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "on_error": os.environ.get("EQX_ON_ERROR", "raise"),
         "tokens_s": batch / seconds,
     }

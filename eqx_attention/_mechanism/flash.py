@@ -31,8 +31,8 @@ class Flash(AbstractMechanism):
     (`params["table"][head, distance]`), but not into one of each query or key. Tiles that
     are EMPTY are neither loaded nor computed, those that are FULL are not masked.
 
-    In the backward pass, gradients of queries are added up in an order that differs from
-    run to run, and so by rounding (of float32) do they, unless `reproducible`; all others
+    In the backward pass, gradients of queries are added up in an order that may differ from
+    run to run, and so by rounding (of float32) may they, unless `reproducible`; all others
     are the same each time. The gradients of scores' own arrays (the slopes of
     [`eqx_attention.ALiBi`][], say) are computed by [`eqx_attention.Blockwise`][].
 
@@ -58,9 +58,10 @@ class Flash(AbstractMechanism):
     def __init__(self, reproducible: bool = False):
         """**Arguments:**
 
-        - `reproducible`: whether gradients are the same, bit by bit, each time they are
-            computed. Under a causal mask that takes hardly longer, with heads of up to 128
-            channels. Default `False`.
+        - `reproducible`: whether gradients are to be the same, bit by bit, each time they
+            are computed. Default `False`: as is faster, which with heads of up to 128
+            channels is the same order each time under a causal mask (with others too, by
+            `&`), but not with [`eqx_attention.ALiBi`][].
         """
         self.reproducible = reproducible
 
