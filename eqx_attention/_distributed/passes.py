@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
+from .._axes import write_at
 from .._mechanism import AbstractMechanism
 from .cargo import Cargo, sent_together
 from .hop import Keys, Local, Partial, Rows, Sums
@@ -98,6 +99,7 @@ class Passes:
         first, last = self._halved(hops[0], own)
         keys, _ = self._onward(own)
         sums, mine = gradient(first, own, sums)
+        sums, keys = self._after(sums, first, keys)
         coming = self._onward(keys)[0] if len(hops) > 2 else keys
         sums, goes = gradient(_todo(hops[1]), keys, sums)
         carry = (sums, Cargo(goes))
@@ -143,9 +145,9 @@ class Passes:
         if loop is None:
             for hop in middle:
                 # What a hop sends is not to be sent before the hop that is computed.
-                carry, cargo = lax.optimization_barrier((carry, coming.cargo))
-                coming = Keys(coming.owner, coming.tokens, cargo)
-                carry, coming = on(_todo(hop), coming, carry)
+                stays, cargo = lax.optimization_barrier((carry[0], coming.cargo))
+                coming = coming._replace(cargo=cargo)
+                carry, coming = on(_todo(hop), coming, (stays, carry[1]))
         else:
 
             def body(loop_carry, xs):
@@ -216,6 +218,16 @@ class Passes:
             first, last = hop.steps, (None,) * len(hop.steps)
         which = jnp.asarray(hop.which, jnp.int32)
         return Todo(which, first), Todo(which, last)
+
+    def _after(self, sums: Sums, todo: Todo, keys: Keys) -> tuple[Sums, Keys]:
+        """The same, but the keys are neither computed with nor sent on before what was
+        added to `sums` is computed: so that meanwhile they are on their way. One row of it
+        is enough to say so, and costs nothing."""
+        first = min((step.query[0] for step in todo.steps if step is not None), default=0)
+        row = lax.slice_in_dim(sums.query, first, first + 1, axis=1)
+        row, cargo = lax.optimization_barrier((row, keys.cargo))
+        sums = sums._replace(query=write_at(sums.query, (0, first, 0, 0), row))
+        return sums, keys._replace(cargo=cargo)
 
     def _able(self, steps: Sequence[Step | None], keys: Keys) -> bool:
         """Whether the mechanism within computes these steps too."""
