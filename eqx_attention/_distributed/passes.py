@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
-from .._axes import write_at
 from .._mechanism import AbstractMechanism
 from .cargo import Cargo, sent_together
 from .hop import Keys, Local, Partial, Rows, Sums
@@ -21,6 +20,9 @@ from .plan import halves, Hop, Plan, Step
 
 # As many kinds of steps may be in the code of a loop, not to have more code than hops.
 _KINDS = 3
+# What is computed of each query, without products, takes as long as to send this part of
+# the keys and values.
+_BRIEF = 1 / 4
 
 
 class Todo(NamedTuple):
@@ -111,18 +113,21 @@ class Passes:
     def _backward_directly(self, own: Keys, rows: Rows, sums: Sums, gradient: Callable):
         here = [hop for hop in self.plan.hops if not hop.shift]
         away = [hop for hop in self.plan.hops if hop.shift]
-        of_own = [_todo(hop) for hop in here]
-        if away:
-            of_own = [todo for hop in here for todo in self._halved(hop, own)]
+        first, last = [], [_todo(hop) for hop in here]
+        if not self._brief(away):
+            halved = [self._halved(hop, own) for hop in here]
+            first, last = [x for x, _ in halved], [x for _, x in halved]
         mine, back = self.local.no_gradients(own, rows.wrt), []
-        for todo in of_own[:1]:
+        for todo in first:
             sums, goes = gradient(todo, own, sums)
             mine = _added(mine, goes)
-        for hop, keys in self._directly(away, own):
+        for n, (hop, keys) in enumerate(self._directly(away, own)):
+            for todo in first[: n == 0]:
+                sums, keys = self._after(sums, todo, keys)
             sums, goes = gradient(_todo(hop), keys, sums)
             to = self.devices.onward(-hop.shift)
             back.append((Cargo(goes).sent(self.devices, to), hop.keys))
-        for todo in of_own[1:]:
+        for todo in last:
             sums, goes = gradient(todo, own, sums)
             mine = _added(mine, goes)
         for sent, keys in back:
@@ -203,6 +208,12 @@ class Passes:
         owner = (self.local.me - shift) % self.devices.count
         return Keys(owner, (0, self.local.kv.length), cargo)
 
+    def _brief(self, away: Sequence[Hop]) -> bool:
+        """Whether keys come while it is computed what the backward pass needs of each
+        query: then nothing of a device's own need be kept for that time."""
+        count = sum(end - start for start, end in (hop.keys for hop in away))
+        return count <= _BRIEF * self.local.kv.length
+
     def _onward(self, keys: Keys, also: Cargo | None = None) -> tuple[Keys, Cargo | None]:
         """The keys that the device before has, and what else is sent on, as it has it."""
         sent = [keys.cargo] if also is None else [keys.cargo, also]
@@ -226,8 +237,9 @@ class Passes:
         first = min((step.query[0] for step in todo.steps if step is not None), default=0)
         row = lax.slice_in_dim(sums.query, first, first + 1, axis=1)
         row, cargo = lax.optimization_barrier((row, keys.cargo))
-        sums = sums._replace(query=write_at(sums.query, (0, first, 0, 0), row))
-        return sums, keys._replace(cargo=cargo)
+        at = lax.broadcasted_iota(jnp.int32, (1, sums.query.shape[1], 1, 1), 1) == first
+        query = jnp.where(at, row, sums.query)
+        return sums._replace(query=query), keys._replace(cargo=cargo)
 
     def _able(self, steps: Sequence[Step | None], keys: Keys) -> bool:
         """Whether the mechanism within computes these steps too."""
