@@ -1,4 +1,4 @@
-"""What the GPUs did during one call of several: how much of the communication was exposed."""
+"""What the GPUs did during one call: how much of the communication was exposed."""
 
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
