@@ -6,6 +6,8 @@ on one of the GPUs the fastest mechanism at the same length: efficiency is the t
 over the number of GPUs times the strategy's. First checks the strategies, at a small
 length, against one device. The file is written anew after each row.
 
+`--trace` also profiles what it times over several devices.
+
 `--flags` names a set of XLA's flags, which are recorded. `xla_gpu_enable_pipelined_p2p` and
 the pipeline parallelism levels of XLA are in none of them: they decompose cycles of
 permutes, of which a mesh of two axes has several, and give wrong results.
@@ -14,15 +16,14 @@ permutes, of which a mesh of two axes has several, and give wrong results.
 import argparse
 import concurrent.futures as futures
 import datetime
-import functools as ft
 import importlib.metadata
 import json
 import os
 import pathlib
-import re
 import statistics
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
+
+from gpu.over_devices import Benchmark, Case, DIM, HEADS, Prepared
 
 
 _HIDING = ("--xla_gpu_enable_latency_hiding_scheduler=true",)
@@ -40,7 +41,6 @@ FLAGS = {
     "double buffering": (*_HIDING, "--xla_gpu_enable_while_loop_double_buffering=true"),
     "copy engines": (*_HIDING, "--xla_gpu_use_memcpy_local_p2p=true"),
 }
-HEADS, DIM = 16, 128
 WINDOW = 4096
 PASSES = {"forward": 1.0, "forward+backward": 3.5}
 # Seconds of each round: so many calls that how the first one starts does not count.
@@ -63,198 +63,12 @@ STRATEGIES = [
 QUICK = STRATEGIES[:5]
 
 
-class Case(NamedTuple):
-    length: int
-    window: int | None = None
-
-    @property
-    def name(self) -> str:
-        return f"window {self.window}" if self.window else "causal"
-
-    @property
-    def mask(self):
-        import eqx_attention as eqa
-
-        window = eqa.SlidingWindow(self.window - 1) if self.window else None
-        return eqa.Causal() & window if window else eqa.Causal()
-
-    @property
-    def pairs(self) -> int:
-        if self.window is None:
-            return self.length * (self.length + 1) // 2
-        return self.window * self.length - self.window * (self.window - 1) // 2
-
-
-def mechanism_of(strategy: str) -> Any:
-    import eqx_attention as eqa
-
-    kind, *words = strategy.split()
-    if kind != "ring":
-        return kind
-    inner = [w for w in words if w in ("flash", "cudnn")]
-    return eqa.Ring(*inner, layout=words[0], scan="unrolled" not in words)
-
-
-class Prepared(NamedTuple):
-    """What is timed, already compiled."""
-
-    call: Callable[[], Any]
-    note: dict[str, Any]
-
-
-class Benchmark:
-    def __init__(self, devices: list[Any]):
-        import jax
-        import numpy as np
-
-        self.devices = devices
-        self.made: dict[tuple[Case, bool], list[Any]] = {}
-        self.mesh = jax.sharding.Mesh(np.asarray(devices), ("sp",))
-
-    def attend(self, strategy: str, case: Case) -> Callable:
-        """`strategy` is that of all devices, or the name of a mechanism for one."""
-        import eqx_attention as eqa
-
-        if strategy in self.alone():
-            return ft.partial(eqa.attend, mask=case.mask, mechanism=strategy)
-        return ft.partial(
-            eqa.attend,
-            mask=case.mask,
-            mechanism=mechanism_of(strategy),
-            sharding=eqa.Sharding(sequence="sp"),
-            mesh=self.mesh,
-        )
-
-    def alone(self) -> tuple[str, ...]:
-        on_gpu = self.devices[0].platform == "gpu"
-        return ("flash", "cudnn") if on_gpu else ("blockwise",)
-
-    def operands(self, case: Case, strategy: str) -> list[Any]:
-        """`query, key_, value, dout`, made where they belong."""
-        import jax
-        import jax.numpy as jnp
-        from jax.sharding import NamedSharding, PartitionSpec as P, SingleDeviceSharding
-
-        where: Any = NamedSharding(self.mesh, P(None, "sp"))
-        if strategy in self.alone():
-            where = SingleDeviceSharding(self.devices[0])
-
-        @ft.partial(jax.jit, out_shardings=where)
-        def make(key):
-            shape = (1, case.length, HEADS, DIM)
-            return jax.random.normal(key, shape, jnp.bfloat16)
-
-        return [make(key) for key in jax.random.split(jax.random.key(0), 4)]
-
-    def prepare(self, strategy: str, case: Case, which: str) -> Prepared:
-        return self.lowered(strategy, case, which)()
-
-    def lowered(self, strategy: str, case: Case, which: str) -> Callable[[], Prepared]:
-        """What compiles it: that may be done of several at once."""
-        import jax
-
-        attend = self.attend(strategy, case)
-        place = (case, strategy in self.alone())
-        if place not in self.made:
-            # One set of operands for one device, and one for all, of one case at a time.
-            self.made = {at: x for at, x in self.made.items() if at[0] == case}
-            self.made[place] = self.operands(case, strategy)
-        arrays = self.made[place][: 4 if "backward" in which else 3]
-
-        def both(q, k, v, dout):
-            out, pull = jax.vjp(attend, q, k, v)
-            return out, *pull(dout)
-
-        lowered = jax.jit(both if "backward" in which else attend).lower(*arrays)
-
-        def compiled() -> Prepared:
-            fn = lowered.compile()
-            return Prepared(ft.partial(fn, *arrays), _memory(fn))
-
-        return compiled
-
-    def explained(self, strategy: str, case: Case) -> dict[str, Any]:
-        """What the strategy says that it sends, in MiB a device."""
-        import eqx_attention as eqa
-        import jax
-        import jax.numpy as jnp
-
-        config = eqa.AttentionConfig(
-            mask=case.mask,
-            mechanism=mechanism_of(strategy),
-            sharding=eqa.Sharding(sequence="sp"),
-        )
-        attention = eqa.Attention.from_config(config, mesh=self.mesh)
-        shape = jax.ShapeDtypeStruct((1, case.length, HEADS, DIM), jnp.bfloat16)
-        found = []
-
-        def look(q, k, v):
-            found.append(attention.explain(q, k, v))
-            return ()
-
-        jax.eval_shape(look, shape, shape, shape)
-        text = found[0].split("\nmechanisms:")[0]
-        moved = re.search(r"([\d.]+) MiB[a-z ]* forward, ([\d.]+) MiB backward", text)
-        mib = [float(x) for x in moved.groups()] if moved else None
-        return {"explain": text, "sent_mib": mib}
-
-    def errors(self, strategy: str, case: Case) -> dict[str, float]:
-        """Those of the output and of the gradients, relative to those of plain attention in
-        bfloat16: against plain attention in float32."""
-        import eqx_attention as eqa
-        import jax
-        import jax.numpy as jnp
-
-        n = len(self.devices)
-        arrays = self.operands(case, self.alone()[0])
-        plain = ft.partial(eqa.attend, mask=case.mask, mechanism="vanilla")
-        attend = self.attend(strategy, case)
-
-        def run(attend, arrays, laid_out=lambda x: x, back=lambda x: x):
-            def fn(*arrays):
-                *qkv, dout = (laid_out(x) for x in arrays)
-                out, pull = jax.vjp(attend, *qkv)
-                return [back(x).astype(jnp.float32) for x in (out, *pull(dout))]
-
-            return jax.jit(fn)(*arrays)
-
-        wide = [x.astype(jnp.float32) for x in arrays]
-        with jax.default_matmul_precision("highest"):
-            want = run(plain, wide)
-        reference = run(plain, arrays)
-        split = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
-        arrays = [jax.device_put(x, split) for x in arrays]
-        moves = ()
-        if "zigzag" in strategy:
-            moves = (ft.partial(eqa.to_layout, n=n, axis=1),)
-            moves += (ft.partial(eqa.from_layout, n=n, axis=1),)
-        got = run(attend, arrays, *moves)
-        names = ("out", "dq", "dk", "dv")
-        ratios = {}
-        for name, g, r, w in zip(names, got, reference, want, strict=True):
-            g, r, w = (jax.device_get(x) for x in (g, r, w))
-            ratios[name] = float(abs(g - w).max() / max(abs(r - w).max(), 1e-30))
-        return ratios
-
-
-def _memory(compiled: Any) -> dict[str, Any]:
-    """GiB of each device, as XLA plans it."""
-    stats = compiled.memory_analysis()
-    if stats is None:
-        return {}
-    sizes = {
-        "temporaries_gib": stats.temp_size_in_bytes,
-        "arguments_gib": stats.argument_size_in_bytes,
-        "results_gib": stats.output_size_in_bytes,
-    }
-    return {name: size / 2**30 for name, size in sizes.items()}
-
-
 class Results:
     """What was measured, in a file that is whole at any time."""
 
     def __init__(self, path: pathlib.Path, head: dict[str, Any]):
-        self.path, self.found = path, {**head, "errors": [], "rows": [], "failures": []}
+        self.path, self.found = path, {**head, "errors": [], "rows": []}
+        self.found |= {"timelines": [], "failures": []}
 
     def add(self, kind: str, row: dict[str, Any]) -> None:
         from eqx_attention._benchmark.files import write_json
@@ -284,29 +98,27 @@ def check_all(bench: Benchmark, results: Results, strategies: list[str], shrink:
 
 
 def time_case(
-    bench: Benchmark, results: Results, case: Case, which: str, strategies: list[str]
+    bench: Benchmark,
+    results: Results,
+    case: Case,
+    which: str,
+    compiled: dict[str, futures.Future],
+    trace: pathlib.Path | None,
 ) -> None:
+    """Of what is compiled of each strategy, and of each mechanism for one device."""
     import jax
     from gpu.clock import in_turn, ROUNDS
 
-    alone = bench.alone() if case.length <= LONGEST_ALONE else ()
     made: dict[str, Prepared] = {}
     at = {"mask": case.name, "length": case.length, "pass": which}
-    with futures.ThreadPoolExecutor() as pool:
-        compiling = {}
-        for strategy in (*alone, *strategies):
-            try:
-                compile_ = bench.lowered(strategy, case, which)
-                compiling[strategy] = pool.submit(compile_)
-            except (RuntimeError, TypeError, ValueError) as error:
-                results.failed(error, strategy=strategy, **at)
-    for strategy, future in compiling.items():
+    for strategy, future in compiled.items():
         try:
-            prepared = future.result()
+            prepared = bench.prepared(strategy, case, which, future.result())
             jax.block_until_ready(prepared.call())
             made[strategy] = prepared
         except (RuntimeError, TypeError, ValueError) as error:
             results.failed(error, strategy=strategy, **at)
+    alone = [name for name in bench.alone() if name in made]
     rounds = ROUNDS if case.length <= LONGEST_ALONE else 1
     calls = {name: prepared.call for name, prepared in made.items()}
     times = in_turn(calls, jax.block_until_ready, rounds, _AT_LEAST)
@@ -331,12 +143,25 @@ def time_case(
             f"{row['ms']:>10.3f} ms {row['tflops_a_device']:>6.0f} TF/s a device{text}",
             flush=True,
         )
+        if trace is not None and count > 1 and case.length <= LONGEST_ALONE:
+            add_timeline(results, name, made[name], at, trace)
 
 
-def cases_of(lengths: list[int], window_length: int) -> list[tuple[Case, str]]:
+def add_timeline(
+    results: Results, name: str, prepared: Prepared, at: dict[str, Any], trace: pathlib.Path
+) -> None:
+    from gpu.timeline import timeline
+
+    folder = trace / "_".join(map(str, (name, *at.values()))).replace(" ", "_")
+    found = timeline(prepared.call, folder)
+    results.add("timelines", {"strategy": name, **at, **found})
+    print(f"  {name}: {json.dumps(found['summary'])}", flush=True)
+
+
+def cases_of(lengths: list[int], window_lengths: list[int]) -> list[tuple[Case, str]]:
     """The long ones last, and of these the backward pass first."""
     short = [Case(x) for x in lengths if x <= LONGEST_ALONE]
-    short += [Case(window_length, WINDOW)] if window_length else []
+    short += [Case(x, WINDOW) for x in window_lengths]
     out = [(case, which) for case in short for which in PASSES]
     long = [Case(x) for x in lengths if x > LONGEST_ALONE]
     return out + [(case, which) for case in long for which in reversed(PASSES)]
@@ -349,12 +174,22 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--count", type=int, help="how many devices; default: all (cpu: 4)")
     lengths = [32768, 131072, 1048576]
     parser.add_argument("--lengths", type=int, nargs="*", default=lengths)
-    parser.add_argument("--window-length", type=int, default=131072, help="0 for none")
+    parser.add_argument("--window-lengths", type=int, nargs="*", default=[131072])
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES)
+    parser.add_argument(
+        "--window-strategies", nargs="+", choices=STRATEGIES, help="default: the same"
+    )
+    parser.add_argument(
+        "--long-strategies",
+        nargs="+",
+        choices=STRATEGIES,
+        help=f"beyond {LONGEST_ALONE} tokens, forward and backward; default: the same, and "
+        "forward too",
+    )
     parser.add_argument("--flags", choices=list(FLAGS), default="hiding")
     parser.add_argument("--quick", action="store_true", help="fewer strategies")
     parser.add_argument("--no-check", action="store_true", help="only times")
-    parser.add_argument("--trace", type=pathlib.Path, help="profiles one strategy there")
+    parser.add_argument("--trace", type=pathlib.Path, help="also profiles, there")
     return parser.parse_args()
 
 
@@ -383,21 +218,26 @@ def main() -> None:
         "versions": {x: importlib.metadata.version(x) for x in ("jax", "jaxlib")},
     }
     bench, results = Benchmark(devices), Results(args.json, head)
-    if args.trace is not None:
-        case = Case(args.lengths[0])
-        for strategy in strategies:
-            prepared = bench.prepare(strategy, case, "forward+backward")
-            jax.block_until_ready(prepared.call())
-            from gpu.timeline import timeline
-
-            found = timeline(prepared.call, args.trace / strategy.replace(" ", "_"))
-            results.add("rows", {"strategy": strategy, "length": case.length, **found})
-            print(strategy, json.dumps(found["summary"]), flush=True)
-        return
     if not args.no_check:
         check_all(bench, results, strategies, 8 if args.devices == "cpu" else 1)
-    for case, which in cases_of(args.lengths, args.window_length):
-        time_case(bench, results, case, which, strategies)
+    jobs = []
+    for case, which in cases_of(args.lengths, args.window_lengths):
+        names = strategies
+        if case.window is not None:
+            names = args.window_strategies or strategies
+        if case.length <= LONGEST_ALONE:
+            names = [*bench.alone(), *names]
+        elif args.long_strategies:
+            names = args.long_strategies if "backward" in which else []
+        jobs += [(case, which, name) for name in names]
+    with futures.ThreadPoolExecutor() as pool:
+        # All at once: that takes longer than to time them.
+        of: dict[Any, dict[str, futures.Future]] = {}
+        for case, which, name in jobs:
+            future = pool.submit(bench.compiled, name, case, which)
+            of.setdefault((case, which), {})[name] = future
+        for (case, which), compiled in of.items():
+            time_case(bench, results, case, which, compiled, args.trace)
     print(f"wrote {args.json}")
 
 

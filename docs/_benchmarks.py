@@ -125,8 +125,9 @@ def markdown_of_gpus() -> str:
     first = reports[0]
     shape = first["shape"]
     flags = {report["flags"]: report["XLA_FLAGS"] for report in reports}
+    counts = " and ".join(dict.fromkeys(str(report["devices"]) for report in reports))
     lines = [
-        f"{first['devices']} × {first['device']}, batch {shape['batch']}, "
+        f"{counts} × {first['device']}, batch {shape['batch']}, "
         f"{shape['heads']} heads of {shape['dim']}, {shape['dtype']}; XLA's flags are "
         + "; ".join(f"{name}: `{text}`" for name, text in flags.items())
         + ".",
@@ -136,7 +137,10 @@ def markdown_of_gpus() -> str:
     ]
     for report, row in ((report, row) for report in reports for row in report["rows"]):
         cells = [f"{row['length']:,} {row['mask']}", report["flags"], row["pass"]]
-        cells += [row["strategy"], str(row["devices"]), f"{row['ms']:.2f}"]
+        picked = row["strategy"]
+        if picked == "auto":
+            picked += f", which takes {row['explain'].partition(':')[0]}"
+        cells += [picked, str(row["devices"]), f"{row['ms']:.2f}"]
         cells += [f"{row['tflops_a_device']:.0f}"]
         cells += [f"{row['efficiency']:.2f}" if "efficiency" in row else ""]
         lines.append(f"| {' | '.join(cells)} |")

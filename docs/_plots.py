@@ -128,7 +128,7 @@ def context_parallel() -> str:
     reports = [_read(name) for name in names]
     found: dict[str, dict[str, dict[int, float]]] = {}
     for row in (row for report in reports for row in report["rows"]):
-        if "efficiency" in row and row["strategy"] != "auto":
+        if "efficiency" in row:
             both = row["pass"].replace("+", " and ")
             of = f"{row['mask']}, {row['devices']} GPUs, {both}"
             strategies = found.setdefault(of, {})

@@ -110,7 +110,7 @@ def test_tables_of_the_docs(gpu):
 
 def test_context_parallel(gpu, tmp_path):
     script = importlib.import_module("context_parallel")
-    cases = script.cases_of([32768, 1048576], 131072)
+    cases = script.cases_of([32768, 1048576], [131072])
     causal, window = script.Case(32768), script.Case(131072, 4096)
     both, forward = "forward+backward", "forward"
     assert cases[:4] == [(x, y) for x in (causal, window) for y in (forward, both)]
@@ -131,3 +131,7 @@ def test_timeline(gpu):
     timeline = gpu("timeline")
     assert timeline._total([(3, 5), (0, 2), (1, 2), (4, 6)]) == 5
     assert timeline._moves("ncclDevKernel_SendRecv") and not timeline._moves("fusion")
+    # Of three calls of two kernels each, the second one.
+    events = [gpu("profile").Event(n, n + 1, "ab"[n % 2]) for n in reversed(range(6))]
+    start, end, found = timeline.one_of(events)
+    assert (start, end, [event.name for event in found]) == (2, 4, ["a", "b"])

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from .._axes import add_at, declared, slice_at, write_at
+from .._axes import add_at, declared, slice_at
 from .._mask import And, Full
 from .._mechanism import AbstractMechanism, Pairs, Request, Split, vary, varying_axes
 from .._partial import merge
@@ -158,10 +158,7 @@ class Local:
         more = merge([(before[0], before[1]), more])
         if whole:
             return more
-        return (
-            write_at(state[0], (0, start, 0, 0), more[0]),
-            write_at(state[1], (0, start, 0), more[1]),
-        )
+        return _among(state[0], start, more[0]), _among(state[1], start, more[1])
 
     def nothing(self) -> Partial:
         """What it is to attend to no key."""
@@ -193,7 +190,7 @@ class Local:
             self._added(n, x, dleaves[n], step, keys) if n in dleaves else x
             for n, x in zip(self.staying(rows.wrt), sums.leaves, strict=True)
         )
-        dq = _plus(sums.query, (0, step.query[0], 0, 0), dq.astype(dtype))
+        dq = sums.query + _placed(dq.astype(dtype), step.query, (0, self.q.length))
         goes = [_placed(d.astype(dtype), step.key, keys.tokens) for d in (dk, dv)]
         for n in self.going(rows.wrt):
             x = self._zeros(n, keys)
@@ -242,6 +239,19 @@ def _plus(x: Array, first: Sequence[Any], more: Array) -> Array:
     return x + more if x.shape == more.shape else add_at(x, first, more)
 
 
+def _among(x: Array, start: int, some: Array) -> Array:
+    """An array, but with some tokens in the place of others.
+
+    XLA for GPUs would let a kernel write an update into another one's results, and fails
+    where these are read for it. So this is none.
+    """
+    end = start + some.shape[1]
+    shape = [1, x.shape[1]] + [1] * (x.ndim - 2)
+    at = lax.broadcasted_iota(jnp.int32, shape, 1)
+    inside = (at >= start) & (at < end)
+    return jnp.where(inside, _placed(some, (start, end), (0, x.shape[1])), x)
+
+
 def _of_step(pairs: Pairs, step: Step, index: tuple[Any, Any]) -> Pairs:
     kept = [parts(pairs.mask)[n] for n in step.kept]
     mask = kept[0] if len(kept) == 1 else And(tuple(kept)) if kept else Full()
@@ -267,7 +277,7 @@ def _numbers_of_step(numbers: Pairs, step: Step) -> list[int]:
 
 
 def _placed(x: Array, some: tuple[int, int], whole: tuple[int, int]) -> Array:
-    """Zeros around what is of some keys of others."""
+    """Zeros around what is of some tokens of others."""
     if some == whole:
         return x
     widths = [(0, 0)] * x.ndim

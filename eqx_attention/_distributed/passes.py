@@ -20,6 +20,9 @@ from .plan import halves, Hop, Plan, Step
 
 # As many kinds of steps may be in the code of a loop, not to have more code than hops.
 _KINDS = 3
+# What is computed of each query, without products, takes as long as to send this part of
+# the keys and values.
+_BRIEF = 1 / 4
 
 
 class Todo(NamedTuple):
@@ -98,6 +101,7 @@ class Passes:
         first, last = self._halved(hops[0], own)
         keys, _ = self._onward(own)
         sums, mine = gradient(first, own, sums)
+        sums, keys = self._after(sums, first, keys)
         coming = self._onward(keys)[0] if len(hops) > 2 else keys
         sums, goes = gradient(_todo(hops[1]), keys, sums)
         carry = (sums, Cargo(goes))
@@ -109,18 +113,21 @@ class Passes:
     def _backward_directly(self, own: Keys, rows: Rows, sums: Sums, gradient: Callable):
         here = [hop for hop in self.plan.hops if not hop.shift]
         away = [hop for hop in self.plan.hops if hop.shift]
-        of_own = [_todo(hop) for hop in here]
-        if away:
-            of_own = [todo for hop in here for todo in self._halved(hop, own)]
+        first, last = [], [_todo(hop) for hop in here]
+        if not self._brief(away):
+            halved = [self._halved(hop, own) for hop in here]
+            first, last = [x for x, _ in halved], [x for _, x in halved]
         mine, back = self.local.no_gradients(own, rows.wrt), []
-        for todo in of_own[:1]:
+        for todo in first:
             sums, goes = gradient(todo, own, sums)
             mine = _added(mine, goes)
-        for hop, keys in self._directly(away, own):
+        for n, (hop, keys) in enumerate(self._directly(away, own)):
+            for todo in first[: n == 0]:
+                sums, keys = self._after(sums, todo, keys)
             sums, goes = gradient(_todo(hop), keys, sums)
             to = self.devices.onward(-hop.shift)
             back.append((Cargo(goes).sent(self.devices, to), hop.keys))
-        for todo in of_own[1:]:
+        for todo in last:
             sums, goes = gradient(todo, own, sums)
             mine = _added(mine, goes)
         for sent, keys in back:
@@ -143,9 +150,9 @@ class Passes:
         if loop is None:
             for hop in middle:
                 # What a hop sends is not to be sent before the hop that is computed.
-                carry, cargo = lax.optimization_barrier((carry, coming.cargo))
-                coming = Keys(coming.owner, coming.tokens, cargo)
-                carry, coming = on(_todo(hop), coming, carry)
+                stays, cargo = lax.optimization_barrier((carry[0], coming.cargo))
+                coming = coming._replace(cargo=cargo)
+                carry, coming = on(_todo(hop), coming, (stays, carry[1]))
         else:
 
             def body(loop_carry, xs):
@@ -201,6 +208,12 @@ class Passes:
         owner = (self.local.me - shift) % self.devices.count
         return Keys(owner, (0, self.local.kv.length), cargo)
 
+    def _brief(self, away: Sequence[Hop]) -> bool:
+        """Whether keys come while it is computed what the backward pass needs of each
+        query: then nothing of a device's own need be kept for that time."""
+        count = sum(end - start for start, end in (hop.keys for hop in away))
+        return count <= _BRIEF * self.local.kv.length
+
     def _onward(self, keys: Keys, also: Cargo | None = None) -> tuple[Keys, Cargo | None]:
         """The keys that the device before has, and what else is sent on, as it has it."""
         sent = [keys.cargo] if also is None else [keys.cargo, also]
@@ -216,6 +229,17 @@ class Passes:
             first, last = hop.steps, (None,) * len(hop.steps)
         which = jnp.asarray(hop.which, jnp.int32)
         return Todo(which, first), Todo(which, last)
+
+    def _after(self, sums: Sums, todo: Todo, keys: Keys) -> tuple[Sums, Keys]:
+        """The same, but the keys are neither computed with nor sent on before what was
+        added to `sums` is computed: so that meanwhile they are on their way. One row of it
+        is enough to say so, and costs nothing."""
+        first = min((step.query[0] for step in todo.steps if step is not None), default=0)
+        row = lax.slice_in_dim(sums.query, first, first + 1, axis=1)
+        row, cargo = lax.optimization_barrier((row, keys.cargo))
+        at = lax.broadcasted_iota(jnp.int32, (1, sums.query.shape[1], 1, 1), 1) == first
+        query = jnp.where(at, row, sums.query)
+        return sums._replace(query=query), keys._replace(cargo=cargo)
 
     def _able(self, steps: Sequence[Step | None], keys: Keys) -> bool:
         """Whether the mechanism within computes these steps too."""
