@@ -102,8 +102,10 @@ class Work:
         dout: jax.Array,
         blocks: Blocks,
         rows: int,
+        stay: bool = True,
     ):
-        """`rows` are the keys of a block of threads."""
+        """`rows` are the keys of a row of tiles. `stay`: whether blocks of threads do for
+        several rows, if there are more than multiprocessors."""
         operands = (request.query, request.key_, request.value, dout)
         self.q, self.k, self.v, self.dout = map(whole_rows, operands)
         self.request, self.blocks, self.rows = request, blocks, rows
@@ -160,7 +162,8 @@ class Work:
         # leave no registers for it.
         self.early = blocks.query * blocks.key > 64 * 64
         self.place = place_of(batch, self.kv_heads, self.num_rows, side_by_side)
-        self.turns = Turns.of(batch * self.kv_heads * self.num_rows)
+        pieces = batch * self.kv_heads * self.num_rows
+        self.turns = Turns.of(pieces) if stay else Turns(pieces, pieces)
 
     @property
     def stages(self) -> int:

@@ -36,6 +36,9 @@ class Rows:
         """`body(row, n, done)` for the n-th row, before which there were `done` tiles.
         What `taken` rows is one warp, that others are told of."""
         turns = self.work.turns
+        if not turns.taken:
+            body(Row(self, lax.axis_index("block")), 0, 0)
+            return
         following = ft.partial(turns.take if taken else turns.told, *self.turns)
 
         def one(state):

@@ -55,7 +55,11 @@ def table(request: Request, block_q: int, block_k: int, by_key: bool = False) ->
     """
 
     def build(found: Kinds) -> Table:
-        return Table(*lists(found))
+        columns, full, some = lists(found)
+        # Each row computes a tile, also one that sees nothing: masked, that is harmless.
+        # Without a mask it was negligible, and kernels look at those that are FULL alone.
+        some = jnp.maximum(some, 1)
+        return Table(columns, some if never_masked(request, block_k) else full, some)
 
     return _of_kinds(build, request, block_q, block_k, by_key)
 
@@ -64,13 +68,19 @@ def table_in_order(request: Request, block_q: int, block_k: int) -> tuple[Table,
     """As `table`, by key, for rows that add to columns one after another."""
 
     def build(found: Kinds) -> tuple[Table, Order]:
+        # As above, of which the order is to know; and so does each column.
+        some, every = found
+        for axis in (2, 3):
+            first = lax.broadcasted_iota(jnp.int32, some.shape, axis) == 0
+            some = some | (~some.any(axis, keepdims=True) & first)
+        found = Kinds(some, some if never_masked(request, block_k) else every)
         columns, high, full, some = backwards(found)
         there = found.some.astype(jnp.int32)
         before = jnp.cumsum(there, axis=2) - there
         before = jnp.take_along_axis(before, columns, -1)
         return Table(columns, full, some), Order(high, before)
 
-    return _of_kinds(build, request, block_q, block_k, True, in_order=True)
+    return _of_kinds(build, request, block_q, block_k, True)
 
 
 def _of_kinds(
@@ -79,7 +89,6 @@ def _of_kinds(
     block_q: int,
     block_k: int,
     by_key: bool,
-    in_order: bool = False,
 ) -> T:
     pairs = request.pairs
     q_len, kv_len = request.lengths
@@ -96,17 +105,7 @@ def _of_kinds(
             found = Kinds(found.some, found.every.at[..., -1].set(False))
         if by_key:
             found = Kinds(*(x.swapaxes(2, 3) for x in found))
-        # Each row computes a tile, also one that sees nothing: masked, that is harmless. In
-        # order, each column has one, too.
-        some, every = found
-        row, column = (lax.broadcasted_iota(jnp.int32, some.shape, n) for n in (2, 3))
-        if in_order:
-            some = some | (~some.any(2, keepdims=True) & (row == 0))
-        some = some | (~some.any(3, keepdims=True) & (column == 0))
-        if never_masked(request, block_k):
-            # Then it was negligible, and kernels look at those that are FULL alone.
-            every = some
-        return build(Kinds(some, every))
+        return build(found)
 
     if has_arrays((pairs.mask, pairs.q, pairs.kv)) or may_be_negligible(request):
         return built()

@@ -3,6 +3,7 @@
 import math
 from typing import NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -99,16 +100,16 @@ def kinds(request: Request, grid: Grid, overlaps: tuple[bool, bool]) -> Kinds:
     overlaps the one before it must mask what it has twice."""
     sizes, counts, pairs = grid.sizes, grid.counts, request.pairs
     ranges = bounds(pairs.q, pairs.kv, sizes.query, sizes.key)
+    arrays, rest = eqx.partition(pairs.mask, is_array)
+    # Else XLA spends minutes on folding the reduction of a large constant. Together, so
+    # that it reduces an array to both bounds at once.
+    arrays = lax.optimization_barrier(arrays)
 
     def reduced(op):
         def leaf(x):
-            if not is_array(x):
-                return x
-            # Else XLA spends minutes on folding the reduction of a large constant.
-            x = lax.optimization_barrier(x)
             return reduce_blocks(reduce_blocks(x, 2, sizes.query, op), 3, sizes.key, op)
 
-        return jax.tree.map(leaf, pairs.mask)
+        return eqx.combine(jax.tree.map(leaf, arrays), rest)
 
     def summary(tree):
         lower, upper, ranges = tree
