@@ -150,7 +150,7 @@ def markdown_of_gpus() -> str:
 # Rows of Nsight Compute's report -> what the page calls them.
 _NSIGHT = {
     "Duration": "time",
-    "Tensor (All)": "matrix units busy",
+    "SM: Pipe Tensor Cycles Active": "matrix units busy",
     "L1: Data Pipe Lsu Wavefronts": "shared memory busy",
     "DRAM Throughput": "memory busy",
     "Registers Per Thread": "registers a thread",
