@@ -189,8 +189,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--flags", choices=list(FLAGS), default="hiding")
     parser.add_argument("--quick", action="store_true", help="fewer strategies")
     parser.add_argument("--no-check", action="store_true", help="only times")
-    parser.add_argument("--trace", type=pathlib.Path, help="also profiles, there")
-    return parser.parse_args()
+    more = f"also profiles GPUs, there, up to {LONGEST_ALONE} tokens"
+    parser.add_argument("--trace", type=pathlib.Path, help=more)
+    args = parser.parse_args()
+    if args.trace is not None and args.devices == "cpu":
+        parser.error("--trace: expected GPUs")
+    return args
 
 
 def main() -> None:
@@ -219,7 +223,9 @@ def main() -> None:
     }
     bench, results = Benchmark(devices), Results(args.json, head)
     if not args.no_check:
-        check_all(bench, results, strategies, 8 if args.devices == "cpu" else 1)
+        more = (args.window_strategies or []) + (args.long_strategies or [])
+        every = list(dict.fromkeys([*strategies, *more]))
+        check_all(bench, results, every, 8 if args.devices == "cpu" else 1)
     jobs = []
     for case, which in cases_of(args.lengths, args.window_lengths):
         names = strategies
@@ -236,8 +242,9 @@ def main() -> None:
         for case, which, name in jobs:
             future = pool.submit(bench.compiled, name, case, which)
             of.setdefault((case, which), {})[name] = future
-        for (case, which), compiled in of.items():
-            time_case(bench, results, case, which, compiled, args.trace)
+    # Not beside what is timed.
+    for (case, which), compiled in of.items():
+        time_case(bench, results, case, which, compiled, args.trace)
     print(f"wrote {args.json}")
 
 

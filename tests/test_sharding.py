@@ -344,6 +344,32 @@ def test_auto_chooses_by_cost():
     assert chosen(Shape((1,), 8, 8, 3, 3, 4, 4), 2) == "all_gather"
 
 
+@pytest.mark.parametrize(
+    "mask",
+    (
+        eqa.Full(),
+        eqa.Causal() & eqa.SlidingWindow(64),
+        eqa.SlidingWindow(64, right=64),
+        eqa.SlidingWindow(300),
+    ),
+    ids=repr,
+)
+def test_auto_knows_what_a_ring_sends(mask):
+    """What the model says is received is what the plan says is sent."""
+    q, k, v = operands(Shape((1,), 1024, 1024, 8, 8, 64, 64))
+    sharding = dict(sharding=eqa.Sharding(sequence="sp"), mesh=mesh_of(sp=4))
+
+    def said(words, **options):
+        text = eqa.Attention(**options, **sharding).explain(q, k, v, mask=mask)
+        found = re.search(words, text)
+        assert found is not None, text
+        return [float(x) for x in found.groups()]
+
+    received = said(r"ring: (\S+) MiB received a device forward, (\S+) MiB backward")
+    sent = said(r"sends (\S+) MiB forward, (\S+) MiB backward", mechanism=eqa.Ring())
+    assert received == pytest.approx(sent, rel=0.1)
+
+
 MESH = mesh_of(dp=2, sp=4)
 QKV = operands(Shape((2,), 8, 8, 4, 2, 8, 8))
 

@@ -68,9 +68,9 @@ def ring_cost(request: Request) -> Cost:
     kv, sums = _kv_bytes(request)
     imbalance, hops = work(request)
     least, most = span(request.pairs.mask)
-    if hops and most <= 0 and -least < hops * request.lengths[1]:
-        # A window needs so many of the keys before a device's own.
-        part = -least / (hops * request.lengths[1])
+    if hops and not math.isinf(most - least):
+        # A window needs so many of the keys beside a device's own.
+        part = min(1.0, _beside(request, most - least) / (hops * request.lengths[1]))
         kv, sums = kv * part, sums * part
     exchanged = 0.0
     if math.isinf(least) and not math.isinf(most):
@@ -84,6 +84,14 @@ def ring_cost(request: Request) -> Cost:
     exposed = _transfer(3 * exchanged * _JOINED, 3)
     seconds = max(compute + _TAKEN * hidden, hidden) + exposed
     return Cost(forward, backward, hops, imbalance, seconds)
+
+
+def _beside(request: Request, width: float) -> float:
+    """How many keys a device may need of others: none of its own are among them, if its
+    queries are not where its keys are."""
+    pairs, (q_len, kv_len) = request.pairs, request.lengths
+    aligned = q_len == kv_len and pairs.q.shift == pairs.kv.shift
+    return width if aligned else q_len + width
 
 
 def ulysses_cost(request: Request) -> Cost:
@@ -123,7 +131,9 @@ def work(request: Request) -> tuple[float, int]:
         return 1.0, n - 1
     least, most = span(pairs.mask)
     q_len, kv_len = request.lengths
-    rows = np.linspace(0, n * q_len - 1, n * _SAMPLES) + pairs.q.shift - pairs.kv.shift
+    # Of each device the first, the last, and some between.
+    rows = np.add.outer(np.arange(n) * q_len, np.linspace(0, q_len - 1, _SAMPLES)).ravel()
+    rows = rows + pairs.q.shift - pairs.kv.shift
     first = np.maximum(np.ceil(rows + least), 0)[:, None]
     last = np.minimum(np.floor(rows + most), n * kv_len - 1)[:, None]
     start = np.arange(n)[None] * kv_len

@@ -113,17 +113,16 @@ class Passes:
     def _backward_directly(self, own: Keys, rows: Rows, sums: Sums, gradient: Callable):
         here = [hop for hop in self.plan.hops if not hop.shift]
         away = [hop for hop in self.plan.hops if hop.shift]
-        first, last = [], [_todo(hop) for hop in here]
-        if not self._brief(away):
-            halved = [self._halved(hop, own) for hop in here]
-            first, last = [x for x, _ in halved], [x for _, x in halved]
+        first, last = None, [_todo(hop) for hop in here]
+        if here and not self._brief(away):
+            first, *last = self._halved(here[0], own)
         mine, back = self.local.no_gradients(own, rows.wrt), []
-        for todo in first:
-            sums, goes = gradient(todo, own, sums)
+        if first is not None:
+            sums, goes = gradient(first, own, sums)
             mine = _added(mine, goes)
         for n, (hop, keys) in enumerate(self._directly(away, own)):
-            for todo in first[: n == 0]:
-                sums, keys = self._after(sums, todo, keys)
+            if n == 0 and first is not None:
+                sums, keys = self._after(sums, first, keys)
             sums, goes = gradient(_todo(hop), keys, sums)
             to = self.devices.onward(-hop.shift)
             back.append((Cargo(goes).sent(self.devices, to), hop.keys))
@@ -233,7 +232,7 @@ class Passes:
     def _after(self, sums: Sums, todo: Todo, keys: Keys) -> tuple[Sums, Keys]:
         """The same, but the keys are neither computed with nor sent on before what was
         added to `sums` is computed: so that meanwhile they are on their way. One row of it
-        is enough to say so, and costs nothing."""
+        is enough to say so, which costs nothing if fused with what adds to it next."""
         first = min((step.query[0] for step in todo.steps if step is not None), default=0)
         row = lax.slice_in_dim(sums.query, first, first + 1, axis=1)
         row, cargo = lax.optimization_barrier((row, keys.cargo))
