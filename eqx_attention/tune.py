@@ -102,11 +102,15 @@ def calls(
     with ThreadPoolExecutor() as pool:
         for which, tried in candidates(sizes).items():
             kernel, arguments = passes[which]
+            used = tried
+            if which == "backward":
+                in_order = tuning.faster_in_order(request)
+                used = [blocks._replace(in_order=in_order) for blocks in tried]
             lowered = [
                 jax.jit(lambda *xs, fn=kernel, blocks=blocks: fn(*xs, blocks)).lower(
                     *arguments
                 )
-                for blocks in tried
+                for blocks in used
             ]
             compiled = pool.map(lambda x: x.compile(), lowered)
             found[which] = {
@@ -134,7 +138,8 @@ def measure(shape: tuple[int, ...], masked: bool) -> Iterator[tuple[str, dict[st
             print(f"{which} {shape} {'masked' if masked else ''} {blocks}: {took:.3f} ms")
         best = min(found, key=lambda blocks: found[blocks])
         chosen = best._asdict()
-        chosen.pop("in_order", None)
+        for name in ("in_order", "stay"):
+            chosen.pop(name, None)
         row = {"sizes": sizes._asdict(), "shape": shape, "blocks": chosen}
         yield which, row | {"ms": round(found[best], 4)}
 

@@ -1,6 +1,8 @@
 """What is checked and what is timed: two tables, which the tests and the docs read too."""
 
+import contextlib
 from typing import Any, NamedTuple
+from unittest import mock
 
 import eqx_attention as eqa
 import jax
@@ -10,12 +12,27 @@ import numpy as np
 
 FLASH, CUDNN = "flash", "cudnn"
 BOTH = (FLASH, CUDNN)
-REPRODUCIBLE = "flash, reproducible"
+REPRODUCIBLE, STAYING = "flash, reproducible", "flash, staying"
 MECHANISMS: dict[str, Any] = {
     FLASH: FLASH,
     CUDNN: CUDNN,
     REPRODUCIBLE: eqa.Flash(reproducible=True),
+    STAYING: eqa.Flash(),
 }
+
+
+@contextlib.contextmanager
+def staying():
+    """Meanwhile, blocks of threads of the backward pass stay for several rows of tiles."""
+    from eqx_attention._kernel import tuning
+
+    given = tuning.backward_blocks
+
+    def blocks(*args):
+        return given(*args)._replace(stay=True)
+
+    with mock.patch.object(tuning, "backward_blocks", blocks):
+        yield
 
 
 def _ids(seed: int, batch: int, length: int):
@@ -86,12 +103,21 @@ def _unseen(q_len: int, kv_len: int) -> dict[str, Any]:
     return {"mask": mask, "nan queries": strange[None]}
 
 
+def _hidden_by_score(kv_len: int) -> dict[str, Any]:
+    strange = _strange(kv_len)
+    bias = jnp.where(strange, -jnp.inf, 0.5)[None]
+    nan = jnp.broadcast_to(strange, (2, kv_len))
+    return {"score": eqa.Bias(bias), "nan": nan}
+
+
 # What each mechanism is expected to support: name -> (mechanisms, shape, options). A shape
 # is (batch, q_len, kv_len, q_heads, kv_heads, head_dim, value_dim).
 _SHAPE = (2, 512, 512, 4, 2, 128, 128)
 # More rows of tiles than there are multiprocessors.
 _MANY = (1, 2048, 2048, 16, 4, 128, 128)
-ALL = tuple(MECHANISMS)
+ALL = (*BOTH, REPRODUCIBLE)
+# More rows of keys than there are multiprocessors, by far.
+_ROWS = (2, 2048, 2048, 16, 16, 128, 128)
 C = eqa.Causal
 SUPPORT: dict[str, tuple[tuple[str, ...], tuple[int, ...], Any]] = {
     "full": (ALL, _SHAPE, dict),
@@ -253,6 +279,37 @@ SUPPORT: dict[str, tuple[tuple[str, ...], tuple[int, ...], Any]] = {
         (FLASH,),
         (2, 300, 200, 4, 2, 256, 256),
         lambda: _unseen(300, 200),
+    ),
+    "many rows of keys": ((*BOTH, STAYING), _ROWS, dict),
+    "many rows of keys, causal": (
+        (*BOTH, REPRODUCIBLE, STAYING),
+        _ROWS,
+        lambda: {"mask": C()},
+    ),
+    "many rows of keys, causal head_dim 64": (
+        (*BOTH, STAYING),
+        (2, 2048, 2048, 16, 16, 64, 64),
+        lambda: {"mask": C()},
+    ),
+    "many rows of keys, ragged, dropout": (
+        (FLASH, REPRODUCIBLE, STAYING),
+        (8, 1000, 1100, 16, 8, 128, 128),
+        lambda: {"mask": C(), "dropout": 0.3, "key": jax.random.key(0)},
+    ),
+    "many rows of keys, nan in queries that see nothing": (
+        (FLASH, REPRODUCIBLE, STAYING),
+        (4, 1100, 1000, 16, 16, 128, 128),
+        lambda: _unseen(1100, 1000),
+    ),
+    "nan behind a score, and no mask": (
+        (FLASH,),
+        (2, 300, 256, 4, 2, 128, 128),
+        lambda: _hidden_by_score(256),
+    ),
+    "nan behind a score, and no mask, head_dim 256": (
+        (FLASH,),
+        (2, 300, 256, 4, 2, 256, 256),
+        lambda: _hidden_by_score(256),
     ),
     "nan behind the mask": (
         BOTH,

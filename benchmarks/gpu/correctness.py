@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import decoding
-from .cases import BOTH, MECHANISMS, operands, REPRODUCIBLE, SUPPORT
+from .cases import BOTH, MECHANISMS, operands, REPRODUCIBLE, STAYING, staying, SUPPORT
 from .errors import errors_of
 
 
@@ -59,7 +59,8 @@ def check(name: str, mechanism: str) -> dict[str, Any]:
         q, dout = (jnp.where(unseen[..., None, None], jnp.nan, x) for x in (q, dout))
     run = _value_and_grads(MECHANISMS[mechanism], options, with_lse)
     _poison()
-    got = jax.block_until_ready(run(q, k, v, dout, dlse))
+    with staying() if mechanism == STAYING else contextlib.nullcontext():
+        got = jax.block_until_ready(run(q, k, v, dout, dlse))
     _poison()
     again = jax.block_until_ready(run(q, k, v, dout, dlse))
     wide = [x.astype(jnp.float32) for x in (q, k, v, dout)]

@@ -44,14 +44,16 @@ WRITTEN, DONE, LOOK = 5, 6, 7
 
 class Blocks(NamedTuple):
     """How a backward kernel is cut: queries of a tile, keys of a product, and how many
-    tiles of queries and of gradients of outputs are in flight; and whether gradients of
-    queries are added up in the same order each time."""
+    tiles of queries and of gradients of outputs are in flight; whether gradients of queries
+    are added up in the same order each time; and, for heads of up to 128, whether blocks of
+    threads stay for several rows of tiles, if there are more than multiprocessors."""
 
     query: int = 64
     key: int = 64
     stages: int = 2
     dout_stages: int = 2
     in_order: bool = False
+    stay: bool = False
 
 
 class Refs(NamedTuple):
@@ -102,10 +104,10 @@ class Work:
         dout: jax.Array,
         blocks: Blocks,
         rows: int,
-        stay: bool = True,
+        stay: bool = False,
     ):
         """`rows` are the keys of a row of tiles. `stay`: whether blocks of threads do for
-        several rows, if there are more than multiprocessors."""
+        several rows."""
         operands = (request.query, request.key_, request.value, dout)
         self.q, self.k, self.v, self.dout = map(whole_rows, operands)
         self.request, self.blocks, self.rows = request, blocks, rows
@@ -121,6 +123,8 @@ class Work:
         self.ragged = beyond or (self.may_be_empty and may_hide(request))
         self.rate = request.pairs.dropout.rate if request.pairs.dropout else 0.0
         self.may_mask = not never_masked(request, rows)
+        # Whether keys may be hidden, by the mask or by a score.
+        self.may_hide = self.may_mask or may_hide(request)
         self.terms = terms_of(
             request,
             blocks.query,

@@ -77,8 +77,8 @@ def counted(counter: Any) -> jax.Array:
     """A number in global memory, to which others `count`.
 
     Neither of these orders other reads and writes, which would be slow. They order what the
-    copy engine adds to global memory: all of it happens in the second-level cache, and is
-    complete when it has been waited for.
+    copy engine writes and adds to global memory: all of it happens in the second-level
+    cache, and is complete when it has been waited for.
     """
 
     @plgpu.inline_mgpu(

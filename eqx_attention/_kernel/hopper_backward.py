@@ -36,7 +36,7 @@ def backward(
     """
     head_dim, value_dim = request.query.shape[-1], request.value.shape[-1]
     keys = blocks.key * WARPGROUPS
-    work = Work(request, lse, delta, dout, blocks, keys)
+    work = Work(request, lse, delta, dout, blocks, keys, blocks.stay)
     block, dtype = blocks.query, request.query.dtype
     stages, dout_stages = blocks.stages, blocks.dout_stages
     chunks, q_chunks = head_dim // _CHUNK, block // _CHUNK
@@ -73,7 +73,7 @@ def backward(
             k_base = row.k_base + wg * blocks.key
             own = pl.ds(wg * blocks.key, blocks.key)
             plgpu.barrier_wait(barriers.kv_ready)
-            if work.may_mask:
+            if work.may_hide:
                 for c in range(chunks):
                     clean(k_smem.at[c, own], LOOK + wg)
                 clean(v_smem.at[0, own], LOOK + wg)

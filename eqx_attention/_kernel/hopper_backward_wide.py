@@ -35,8 +35,8 @@ def backward(
 ) -> tuple[jax.Array, ...]:
     """As `hopper_backward.backward`."""
     head_dim, value_dim = request.query.shape[-1], request.value.shape[-1]
-    # To stay would take registers that there are none of.
-    work = Work(request, lse, delta, dout, blocks, blocks.key, stay=False)
+    # To stay for several rows would take registers that there are none of.
+    work = Work(request, lse, delta, dout, blocks, blocks.key)
     block, dtype = blocks.query, request.query.dtype
     stages, dout_stages = blocks.stages, blocks.dout_stages
     half, v_half = head_dim // 2, value_dim // 2
@@ -59,7 +59,7 @@ def backward(
 
         def compute(row, _, done):
             plgpu.barrier_wait(barriers.kv_ready)
-            if work.may_mask:
+            if work.may_hide:
                 clean(k_smem.at[wg], LOOK + wg, _SWIZZLE)
                 clean(v_smem.at[wg], LOOK + wg, _SWIZZLE)
                 plgpu.commit_smem()

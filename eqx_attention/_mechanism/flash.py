@@ -59,9 +59,7 @@ class Flash(AbstractMechanism):
         """**Arguments:**
 
         - `reproducible`: whether gradients are to be the same, bit by bit, each time they
-            are computed. Default `False`: as is faster, which with heads of up to 128
-            channels is the same order each time under a causal mask (with others too, by
-            `&`), but not with [`eqx_attention.ALiBi`][].
+            are computed. Default `False`: as is faster.
         """
         self.reproducible = reproducible
 
