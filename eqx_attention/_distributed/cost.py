@@ -132,13 +132,14 @@ def work(request: Request) -> tuple[float, int]:
     least, most = span(pairs.mask)
     q_len, kv_len = request.lengths
     # Of each device the first, the last, and some between.
-    rows = np.add.outer(np.arange(n) * q_len, np.linspace(0, q_len - 1, _SAMPLES)).ravel()
+    local = np.unique(np.linspace(0, q_len - 1, _SAMPLES).round())
+    rows = np.add.outer(np.arange(n) * q_len, local).ravel()
     rows = rows + pairs.q.shift - pairs.kv.shift
     first = np.maximum(np.ceil(rows + least), 0)[:, None]
     last = np.minimum(np.floor(rows + most), n * kv_len - 1)[:, None]
     start = np.arange(n)[None] * kv_len
     seen = np.minimum(last, start + kv_len - 1) - np.maximum(first, start) + 1
-    seen = np.maximum(seen, 0).reshape(n, _SAMPLES, n).sum(1)
+    seen = np.maximum(seen, 0).reshape(n, len(local), n).sum(1)
     total = seen.sum(1)
     if total.max() == 0:
         return 1.0, 0
