@@ -101,7 +101,7 @@ def faster_in_order(request: Request) -> bool:
 
 
 def backward_blocks(sizes: Sizes, in_order: bool) -> backward.Blocks:
-    found = _measured()["backward"].get(sizes)
+    found: dict[str, Any] | None = _measured()["backward"].get(sizes)
     if found is None:
-        found = {"dout_stages": 2 if sizes.value_dim <= 128 else 1}
+        found = dict[str, Any](dout_stages=2 if sizes.value_dim <= 128 else 1)
     return backward.Blocks(**found, in_order=in_order)
