@@ -79,12 +79,6 @@ def test_lowering(name):
     assert "mosaic_gpu" in text
 
 
-def test_lowering_of_blocks_that_stay():
-    name = "many rows of keys, nan in queries that see nothing"
-    with CASES.staying():
-        test_lowering(name)
-
-
 def _flash(q, k, v, score=()):
     request = on_hopper(make_request(q, k, v, mask=eqa.Causal(), score=score))
     return attention(eqa.Flash(), request)[0]

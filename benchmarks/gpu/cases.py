@@ -1,8 +1,6 @@
 """What is checked and what is timed: two tables, which the tests and the docs read too."""
 
-import contextlib
 from typing import Any, NamedTuple
-from unittest import mock
 
 import eqx_attention as eqa
 import jax
@@ -12,27 +10,12 @@ import numpy as np
 
 FLASH, CUDNN = "flash", "cudnn"
 BOTH = (FLASH, CUDNN)
-REPRODUCIBLE, STAYING = "flash, reproducible", "flash, staying"
+REPRODUCIBLE = "flash, reproducible"
 MECHANISMS: dict[str, Any] = {
     FLASH: FLASH,
     CUDNN: CUDNN,
     REPRODUCIBLE: eqa.Flash(reproducible=True),
-    STAYING: eqa.Flash(),
 }
-
-
-@contextlib.contextmanager
-def staying():
-    """Meanwhile, blocks of threads of the backward pass stay for several rows of tiles."""
-    from eqx_attention._kernel import tuning
-
-    given = tuning.backward_blocks
-
-    def blocks(*args):
-        return given(*args)._replace(stay=True)
-
-    with mock.patch.object(tuning, "backward_blocks", blocks):
-        yield
 
 
 def _ids(seed: int, batch: int, length: int):
@@ -98,16 +81,19 @@ def _strange(length: int):
 
 def _unseen(q_len: int, kv_len: int) -> dict[str, Any]:
     strange = _strange(q_len)
-    q_ids = jnp.where(strange, 9, jnp.arange(q_len) // 64)
+    q_ids = jnp.where(strange, q_len, jnp.arange(q_len) // 64)
     mask = C() & eqa.Segments(q_ids, jnp.arange(kv_len) // 64)
     return {"mask": mask, "nan queries": strange[None]}
 
 
+def _hides(logit, q_pos, kv_pos, head, q_feature, kv_feature, params):
+    return jnp.where(kv_feature, -jnp.inf, logit)
+
+
 def _hidden_by_score(kv_len: int) -> dict[str, Any]:
     strange = _strange(kv_len)
-    bias = jnp.where(strange, -jnp.inf, 0.5)[None]
-    nan = jnp.broadcast_to(strange, (2, kv_len))
-    return {"score": eqa.Bias(bias), "nan": nan}
+    score = eqa.ScoreFn(_hides, None, strange)
+    return {"score": score, "nan": jnp.broadcast_to(strange, (2, kv_len))}
 
 
 # What each mechanism is expected to support: name -> (mechanisms, shape, options). A shape
@@ -260,10 +246,7 @@ SUPPORT: dict[str, tuple[tuple[str, ...], tuple[int, ...], Any]] = {
     "nan behind a score": (
         (FLASH,),
         (2, 300, 300, 4, 2, 64, 64),
-        lambda: {
-            "score": eqa.Bias(jnp.where(jnp.arange(300) % 7 == 3, -jnp.inf, 0.5)[None]),
-            "nan": jnp.broadcast_to(jnp.arange(300) % 7 == 3, (2, 300)),
-        },
+        lambda: _hidden_by_score(300),
     ),
     "nan in queries that see nothing": (
         (FLASH, REPRODUCIBLE),
@@ -280,24 +263,24 @@ SUPPORT: dict[str, tuple[tuple[str, ...], tuple[int, ...], Any]] = {
         (2, 300, 200, 4, 2, 256, 256),
         lambda: _unseen(300, 200),
     ),
-    "many rows of keys": ((*BOTH, STAYING), _ROWS, dict),
+    "many rows of keys": (BOTH, _ROWS, dict),
     "many rows of keys, causal": (
-        (*BOTH, REPRODUCIBLE, STAYING),
+        ALL,
         _ROWS,
         lambda: {"mask": C()},
     ),
     "many rows of keys, causal head_dim 64": (
-        (*BOTH, STAYING),
+        BOTH,
         (2, 2048, 2048, 16, 16, 64, 64),
         lambda: {"mask": C()},
     ),
     "many rows of keys, ragged, dropout": (
-        (FLASH, REPRODUCIBLE, STAYING),
+        (FLASH, REPRODUCIBLE),
         (8, 1000, 1100, 16, 8, 128, 128),
         lambda: {"mask": C(), "dropout": 0.3, "key": jax.random.key(0)},
     ),
     "many rows of keys, nan in queries that see nothing": (
-        (FLASH, REPRODUCIBLE, STAYING),
+        (FLASH, REPRODUCIBLE),
         (4, 1100, 1000, 16, 16, 128, 128),
         lambda: _unseen(1100, 1000),
     ),

@@ -45,15 +45,13 @@ WRITTEN, DONE, LOOK = 5, 6, 7
 class Blocks(NamedTuple):
     """How a backward kernel is cut: queries of a tile, keys of a product, and how many
     tiles of queries and of gradients of outputs are in flight; whether gradients of queries
-    are added up in the same order each time; and, for heads of up to 128, whether blocks of
-    threads stay for several rows of tiles, if there are more than multiprocessors."""
+    are added up in the same order each time."""
 
     query: int = 64
     key: int = 64
     stages: int = 2
     dout_stages: int = 2
     in_order: bool = False
-    stay: bool = False
 
 
 class Refs(NamedTuple):
@@ -104,10 +102,10 @@ class Work:
         dout: jax.Array,
         blocks: Blocks,
         rows: int,
-        stay: bool = False,
+        stay: bool,
     ):
         """`rows` are the keys of a row of tiles. `stay`: whether blocks of threads do for
-        several rows."""
+        several rows, if there are more than multiprocessors."""
         operands = (request.query, request.key_, request.value, dout)
         self.q, self.k, self.v, self.dout = map(whole_rows, operands)
         self.request, self.blocks, self.rows = request, blocks, rows

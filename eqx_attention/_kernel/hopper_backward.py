@@ -36,7 +36,7 @@ def backward(
     """
     head_dim, value_dim = request.query.shape[-1], request.value.shape[-1]
     keys = blocks.key * WARPGROUPS
-    work = Work(request, lse, delta, dout, blocks, keys, blocks.stay)
+    work = Work(request, lse, delta, dout, blocks, keys, stay=True)
     block, dtype = blocks.query, request.query.dtype
     stages, dout_stages = blocks.stages, blocks.dout_stages
     chunks, q_chunks = head_dim // _CHUNK, block // _CHUNK

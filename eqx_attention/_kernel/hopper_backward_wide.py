@@ -36,7 +36,7 @@ def backward(
     """As `hopper_backward.backward`."""
     head_dim, value_dim = request.query.shape[-1], request.value.shape[-1]
     # To stay for several rows would take registers that there are none of.
-    work = Work(request, lse, delta, dout, blocks, blocks.key)
+    work = Work(request, lse, delta, dout, blocks, blocks.key, stay=False)
     block, dtype = blocks.query, request.query.dtype
     stages, dout_stages = blocks.stages, blocks.dout_stages
     half, v_half = head_dim // 2, value_dim // 2
