@@ -14,7 +14,12 @@ import numpy as np
 import pytest
 from eqx_attention import _call, _device
 from eqx_attention._kernel.lookup import NotElementwise
-from eqx_attention._kernel.tables import sees_no_later, table, table_in_order
+from eqx_attention._kernel.tables import (
+    longest_first,
+    sees_no_later,
+    table,
+    table_in_order,
+)
 from eqx_attention._kernel.terms import logit_fn, Term, visible_fn
 from eqx_attention._mechanism import attention, cudnn
 from eqx_attention._mechanism.measured import faster
@@ -389,6 +394,27 @@ def test_which_masks_see_no_later_keys():
     assert not found(eqa.Causal() | eqa.Prefix(3))
     assert not found(eqa.Causal(), q_len=39)
     assert not found(eqa.Causal(), q_positions=jnp.arange(40))
+
+
+def test_rows_with_the_most_tiles_come_first():
+    """Those of documents, which are known at run time; causal ones need no list."""
+    q = jnp.zeros((2, 64, 1, 64), jnp.bfloat16)
+    ids = jnp.stack([jnp.arange(64) // 24, jnp.arange(64) // 64])
+
+    def tiles(mask):
+        return table(make_request(q, q, q, mask=mask), 8, 8)
+
+    def rows(ids):
+        found = tiles(eqa.Causal() & eqa.Segments(ids))
+        return found.some, longest_first(found)
+
+    some, order = compiled(rows, ids)
+    assert some[0, 0].tolist() == [1, 2, 3, 1, 2, 3, 1, 2]
+    # Counted from the last: those of 3 tiles are 5 and 2, and so on.
+    assert order[:, 0].tolist() == [[2, 5, 0, 3, 6, 1, 4, 7], list(range(8))]
+    assert longest_first(tiles(eqa.Causal())) is None
+    later = longest_first(tiles(~eqa.Causal()))
+    assert later is not None and later[0, 0].tolist() == list(range(8))[::-1]
 
 
 @pytest.mark.parametrize("columns", (1, 7, 257))

@@ -274,6 +274,11 @@ SUPPORT: dict[str, tuple[tuple[str, ...], tuple[int, ...], Any]] = {
         (2, 2048, 2048, 16, 16, 64, 64),
         lambda: {"mask": C()},
     ),
+    "many rows of keys, segments": (
+        (FLASH, REPRODUCIBLE),
+        _ROWS,
+        lambda: {"mask": C() & eqa.Segments(_ids(3, _ROWS[0], _ROWS[1]))},
+    ),
     "many rows of keys, ragged, dropout": (
         (FLASH, REPRODUCIBLE),
         (8, 1000, 1100, 16, 8, 128, 128),

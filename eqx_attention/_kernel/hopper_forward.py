@@ -47,7 +47,7 @@ from .hopper import (
 )
 from .schedule import place_of, section
 from .softmax import Softmax
-from .tables import table
+from .tables import longest_first, table
 from .terms import forward_terms, Place, RowTerms
 from .turns import Turns
 
@@ -73,7 +73,8 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
     shape = (blocks.query, blocks.key)
     soft = Softmax.of(request, shape, scale)
     overlap = blocks.overlap and not soft.hides
-    order = place_of(batch, heads, rows, section(request) * groups)
+    side_by_side = section(request) * groups
+    order = place_of(batch, heads, rows, side_by_side)
     held, stays = operands(request, blocks, head_dim, value_dim)
 
     def row_of(b, h, i):
@@ -84,8 +85,19 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
         b, h, i = order(piece)
         return b, h, rows - 1 - i
 
+    def by_length():
+        """The pieces, of which long rows come first within a section; `None` if they do."""
+        if (longest := longest_first(tiles)) is None:
+            return None
+
+        def piece_of(n):
+            b, h, i = order(n)
+            return n + (longest[row_of(b, h, i)] - i) * side_by_side
+
+        return jax.vmap(piece_of)(jnp.arange(pieces, dtype=jnp.int32))
+
     pieces = batch * heads * rows
-    turns = Turns.of(pieces) if stays else Turns(pieces, pieces)
+    turns = Turns.of(pieces, by_length()) if stays else Turns(pieces, pieces)
     counter = turns.arrays
 
     def kernel(q_ref, k_ref, v_ref, columns_ref, full_ref, some_ref, *refs):

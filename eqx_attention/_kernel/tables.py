@@ -6,6 +6,7 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Int
 
 from .._axes import ceil_div
@@ -31,6 +32,21 @@ class Table(NamedTuple):
         """Where a row's entries are."""
         sizes = self.full.shape
         return (0 if sizes[0] == 1 else batch, 0 if sizes[1] == 1 else kv_head, row)
+
+
+def longest_first(tiles: Table) -> Int[Array, "#batch #head rows"] | None:
+    """The rows by how many tiles they have, the most first; of those that have as many, the
+    last one first. Counted from the last row. `None` if it is known at trace time that they
+    are just from the last to the first, as under causal masks."""
+
+    def order():
+        return by_rank(tiles.columns.shape[-1] - tiles.some[..., ::-1])
+
+    if isinstance(tiles.some, Tracer):
+        return order()
+    with jax.ensure_compile_time_eval():
+        known = order()
+        return known if (jnp.diff(known) < 0).any() else None
 
 
 class Order(NamedTuple):

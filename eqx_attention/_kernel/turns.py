@@ -24,24 +24,29 @@ class Turns(NamedTuple):
     memory: what takes longer than was thought, or begins later, as another kernel has the
     multiprocessor, then does less. Or there is one piece for each.
 
-    The warpgroup that copies takes pieces, and tells those that compute.
+    The warpgroup that copies takes pieces, and tells those that compute. They are taken in
+    the `order` of their numbers, unless there is another one.
     """
 
     pieces: int
     programs: int
     taken: bool = False
+    order: jax.Array | None = None
 
     @staticmethod
-    def of(pieces: int) -> "Turns":
+    def of(pieces: int, order: jax.Array | None = None) -> "Turns":
         """One block of threads a multiprocessor."""
         programs = num_multiprocessors()
         few = pieces <= programs
-        return Turns(pieces, pieces) if few else Turns(pieces, programs, taken=True)
+        return Turns(pieces, pieces) if few else Turns(pieces, programs, True, order)
 
     @property
     def arrays(self) -> list[Any]:
-        """What a kernel is given: how many pieces were taken."""
-        return [jax.new_ref(jnp.zeros(1, jnp.int32))] if self.taken else []
+        """What a kernel is given: how many pieces were taken, and in which order they are."""
+        if not self.taken:
+            return []
+        order = [] if self.order is None else [self.order]
+        return [jax.new_ref(jnp.zeros(1, jnp.int32)), *order]
 
     def scratch(self, readers: int) -> list[Any]:
         """Of a kernel in which so many warpgroups or warps are told: when the numbers of
@@ -62,18 +67,19 @@ class Turns(NamedTuple):
         name: int | None = None,
     ) -> jax.Array:
         """In the warpgroup that copies: its n-th piece, of `pieces` or more if there is
-        none. `before` is the one before it, `numbers` are two of 32 bits in shared memory,
-        and `name` is that of a barrier of its own; `None` if one warp does this."""
+        none. `refs` are those of `arrays` and of `scratch`, `before` is the one before it,
+        `numbers` are two of 32 bits in shared memory, and `name` is that of a barrier of
+        its own; `None` if one warp does this."""
         if not self.taken:
             return before + self.programs
-        counter, ready, free = refs
+        *arrays, ready, free = refs
         slot = lax.rem(n, 2)
 
         @pl.when(n >= 2)
         def _():
             plgpu.barrier_wait(free.at[slot])
 
-        _take(counter, numbers, slot, warp=name is None)
+        _take(*arrays, numbers, slot, pieces=self.pieces, warp=name is None)
         if name is not None:
             sync(name, THREADS)
         plgpu.barrier_arrive(ready.at[slot])
@@ -83,7 +89,7 @@ class Turns(NamedTuple):
         """In one that computes: its n-th piece."""
         if not self.taken:
             return before + self.programs
-        _, ready, free = refs
+        *_, ready, free = refs
         slot = lax.rem(n, 2)
         plgpu.barrier_wait(ready.at[slot])
         piece = _read(numbers, slot)
@@ -97,26 +103,35 @@ class Turns(NamedTuple):
         return piece < self.pieces
 
 
-def _take(counter: Any, numbers: Any, slot: Any, warp: bool) -> None:
-    """Adds one to a number in global memory, and writes what it was to shared memory."""
+def _take(*args: Any, pieces: int, warp: bool) -> None:
+    """Adds one to the first of `args`, a number in global memory, and writes what it was to
+    shared memory, where the last two say; or, if there is an array between these, what that
+    one has there."""
+    *given, _, _ = args
+    load = "mad.wide.u32 from, n, 4, $3; @there ld.global.nc.u32 n, [from];"
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), SCALAR))
-    def take(_, counter, numbers, slot):
+    @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * (len(given) + 1), SCALAR))
+    def take(_, counter, *args):
+        *order, numbers, slot = args
         who = utils.ThreadSubset.WARP if warp else utils.ThreadSubset.WARPGROUP
         one = utils.single_thread_predicate(who)
         code = f"""{{
             .reg .b32 n, to;
-            @$3 atom.relaxed.gpu.global.add.u32 n, [$0], 1;
+            .reg .b64 from;
+            .reg .pred there;
+            @$4 atom.relaxed.gpu.global.add.u32 n, [$0], 1;
+            setp.lt.and.u32 there, n, {pieces}, $4;
+            {load if order else ""}
             mad.lo.u32 to, $2, 4, $1;
-            @$3 st.shared.u32 [to], n;
+            @$4 st.shared.u32 [to], n;
             {"bar.warp.sync 0xffffffff;" if warp else ""}
         }}"""
-        pointers = [utils.memref_ptr(x) for x in (counter, numbers)]
-        operands = [*pointers, slot.registers[()], one]
+        pointers = [utils.memref_ptr(x) for x in (counter, numbers, *(order or [counter]))]
+        operands = [*pointers[:2], slot.registers[()], pointers[2], one]
         void = ir.Type.parse("!llvm.void")
-        llvm.inline_asm(void, operands, code, "l,r,r,b", has_side_effects=True)
+        llvm.inline_asm(void, operands, code, "l,r,r,l,b", has_side_effects=True)
 
-    take(counter, numbers, slot)
+    take(*args)
 
 
 def _read(numbers: Any, slot: Any) -> jax.Array:
