@@ -42,7 +42,7 @@ class Turns(NamedTuple):
 
     @property
     def arrays(self) -> list[Any]:
-        """What a kernel is given: how many pieces were taken, and in which order they are."""
+        """What a kernel is given: how many pieces were taken, and their order."""
         if not self.taken:
             return []
         order = [] if self.order is None else [self.order]
