@@ -22,6 +22,8 @@ from .hopper import (
     along,
     COLUMN,
     LOG2E,
+    sync,
+    THREADS,
     whole_rows,
 )
 from .logits import logit_of
@@ -37,8 +39,7 @@ _SIDE_BY_SIDE = 32
 
 # Those that compute, of a block of threads.
 WARPGROUPS = 2
-# Of the 16 named barriers of a block, Mosaic GPU uses the first ones; the last of these is
-# one for each warpgroup.
+# Of the 16 named barriers of a block, Mosaic GPU uses the first ones.
 WRITTEN, DONE, LOOK = 5, 6, 7
 
 
@@ -320,12 +321,19 @@ def _columns(ref: Any, shape: Any) -> jax.Array:
     return along(plgpu.load(ref, layout=COLUMN), shape, 1)
 
 
-def clean(ref: Any, name: Any, swizzle: int | None = None) -> None:
+def clean(part: Any, own: Sequence[Any], swizzle: int | None = None) -> None:
     """Keys that are not seen may hold NaN, of which 0 times is NaN. What is seen does not
-    need it here: lse and delta are NaN as well. `name` is of a barrier of the warpgroup."""
+    need it here: lse and delta are NaN as well. Nor do values: what they make NaN of is
+    replaced where it is hidden.
 
-    @pl.when(~all_finite(ref, name, swizzle))
+    Of all keys of a row of tiles, each warpgroup that computes looks at `part`, and cleans
+    its `own`."""
+
+    @pl.when(~all_finite(part, LOOK, swizzle, WARPGROUPS))
     def _():
-        x = ref[...]
-        finite = jnp.abs(x.astype(jnp.float32)) < jnp.inf
-        ref[...] = jnp.where(finite, x, jnp.zeros_like(x))
+        for ref in own:
+            x = ref[...]
+            finite = jnp.abs(x.astype(jnp.float32)) < jnp.inf
+            ref[...] = jnp.where(finite, x, jnp.zeros_like(x))
+        plgpu.commit_smem()
+        sync(DONE, WARPGROUPS * THREADS)

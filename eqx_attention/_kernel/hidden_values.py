@@ -8,20 +8,26 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .hopper import all_finite, along, COLUMN, fence, sync, THREADS
+from .hopper import along, COLUMN, fence, sync, THREADS
 
 
 # Of the 16 named barriers of a block, of which the forward kernel has those before.
-_LOOKED, _LOOK = 9, 10
+_LOOKED = 9
 # So many keys does a warpgroup look at, at a time.
 PART = 64
 
 
 def replace_nan(
-    values: Any, found: Any, weights: jax.Array, total: jax.Array, warpgroups: int
+    finite: jax.Array,
+    values: Any,
+    found: Any,
+    weights: jax.Array,
+    total: jax.Array,
+    warpgroups: int,
 ) -> jax.Array:
     """What is not finite in a tile of values, in shared memory, becomes 0; and the sums of
-    the rows that do see such a value become NaN, and are returned.
+    the rows that do see such a value become NaN, and are returned. Nothing is done if all
+    of it is `finite`.
 
     All warpgroups that compute call this, each with its weights and sums, and each replaces
     at most `PART` keys. `found` is one number a key, in shared memory.
@@ -50,4 +56,4 @@ def replace_nan(
         seen = weights.astype(jnp.float32) > 0
         return total + jnp.where(seen, each, 0.0).sum(axis=1)
 
-    return lax.cond(all_finite(values, _LOOK + wg), lambda: total, replace)
+    return lax.cond(finite, lambda: total, replace)

@@ -11,6 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm, nvvm
 
+from .._axes import largest_divisor
 from .assembly import integer, SCALAR, THREADS as THREADS
 
 
@@ -126,39 +127,79 @@ def count(counter: Any) -> None:
     signal(counter)
 
 
-def all_finite(x: Any, name: Any, swizzle: int | None = None) -> jax.Array:
-    """Whether all numbers are finite of an array in shared memory that the matrix units
-    read, in 16 bits. `name` is of a barrier of the warpgroup that asks, `swizzle` as for
-    `smem`."""
-    i32, bits = jnp.int32, 16
-    vectors = x.shape[0] * x.shape[1] * bits // (8 * _VECTOR * THREADS)
-    kind = "bf16x2" if x.dtype == jnp.bfloat16 else "f16x2"
-    # 0 times what is not finite is NaN, also when added up.
-    one = "ld.shared.v4.b32 {{w, x, y, z}}, [at+{}]; " + "".join(
-        f"fma.rn.{kind} {total}, {number}, o, {total}; "
-        for number, total in zip("wxyz", "abab", strict=True)
-    )
+def read_word(numbers: Any, n: Any) -> jax.Array:
+    """One of several numbers of 32 bits in shared memory."""
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(_tiled(x.shape, x.dtype, swizzle)), SCALAR),
-        return_type=plgpu.ShapeDtypeStruct((), i32, layout=SCALAR),
+        arg_types=(plgpu.RefType(), SCALAR),
+        return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=SCALAR),
     )
-    def look(_, ref, name):
-        code = (
-            "{ .reg .pred bad; .reg .b32 at, a, b, o, w, x, y, z; "
-            f"mov.u32 at, %tid.x; and.b32 at, at, {THREADS - 1}; "
-            f"mad.lo.u32 at, at, {_VECTOR}, $1; mov.b32 a, 0; mov.b32 b, 0; mov.b32 o, 0; "
-            + "".join(one.format(n * _VECTOR * THREADS) for n in range(vectors))
-            + "or.b32 a, a, b; setp.ne.b32 bad, a, 0; "
-            f"bar.red.or.pred bad, $2, {THREADS}, bad; selp.s32 $0, 0, 1, bad; }}"
-        )
-        operands = [utils.memref_ptr(ref), name.registers[()]]
+    def read(_, numbers, n):
+        code = "{ .reg .b32 at; mad.lo.u32 at, $2, 4, $1; ld.shared.u32 $0, [at]; }"
+        operands = [utils.memref_ptr(numbers), n.registers[()]]
         found: Any = llvm.inline_asm(
             integer(32), operands, code, "=r,r,r", has_side_effects=True
         )
         return FragmentedArray.splat(found, (), is_signed=True)
 
-    return look(x, jnp.asarray(name, i32)) != 0
+    return read(numbers, n)
+
+
+def write_word(numbers: Any, n: Any, value: Any) -> None:
+    """Of those that are read so: by every thread."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SCALAR, SCALAR))
+    def write(_, numbers, n, value):
+        code = "{ .reg .b32 to; mad.lo.u32 to, $1, 4, $0; st.shared.u32 [to], $2; }"
+        operands = [utils.memref_ptr(numbers), *(x.registers[()] for x in (n, value))]
+        void = ir.Type.parse("!llvm.void")
+        llvm.inline_asm(void, operands, code, "r,r,r", has_side_effects=True)
+
+    write(numbers, n, value)
+
+
+def all_finite(
+    x: Any, name: int | None, swizzle: int | None = None, warpgroups: int = 1
+) -> jax.Array:
+    """Whether all numbers are finite of an array in shared memory that the matrix units
+    read, in 16 bits; or of those of so many warpgroups, of which each asks of its own.
+    `name` is that of a barrier, or `None` if one warp asks; `swizzle` is as for `smem`."""
+    i32, threads = jnp.int32, 32 if name is None else THREADS
+    vectors = x.shape[0] * x.shape[1] * x.dtype.itemsize // (_VECTOR * threads)
+    at_once = largest_divisor(vectors, 16)
+    number_type = "bf16x2" if x.dtype == jnp.bfloat16 else "f16x2"
+    # 0 times what is not finite is NaN, also when added up.
+    one = "ld.shared.v4.b32 {{w, x, y, z}}, [at+{}]; " + "".join(
+        f"fma.rn.{number_type} {total}, {number}, o, {total}; "
+        for number, total in zip("wxyz", "abab", strict=True)
+    )
+    step = _VECTOR * threads
+    any_bad = (
+        "vote.sync.any.pred bad, bad, 0xffffffff;"
+        if name is None
+        else f"bar.red.or.pred bad, {name}, {warpgroups * THREADS}, bad;"
+    )
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(_tiled(x.shape, x.dtype, swizzle)),),
+        return_type=plgpu.ShapeDtypeStruct((), i32, layout=SCALAR),
+    )
+    def look(_, ref):
+        code = (
+            "{ .reg .pred bad; .reg .b32 at, end, a, b, o, w, x, y, z; "
+            f"mov.u32 at, %tid.x; and.b32 at, at, {threads - 1}; "
+            f"mad.lo.u32 at, at, {_VECTOR}, $1; mov.b32 a, 0; mov.b32 b, 0; mov.b32 o, 0; "
+            f"add.u32 end, at, {vectors * step}; AGAIN: "
+            + "".join(one.format(n * step) for n in range(at_once))
+            + f"add.u32 at, at, {at_once * step}; setp.ne.u32 bad, at, end; "
+            "@bad bra AGAIN; or.b32 a, a, b; setp.ne.b32 bad, a, 0; "
+            f"{any_bad} selp.s32 $0, 0, 1, bad; }}"
+        )
+        kind, pointer = integer(32), utils.memref_ptr(ref)
+        found: Any = llvm.inline_asm(kind, [pointer], code, "=r,r", has_side_effects=True)
+        return FragmentedArray.splat(found, (), is_signed=True)
+
+    return look(x) != 0
 
 
 def zero_hidden(x: Any, numbers: Any, swizzle: int | None = None) -> None:

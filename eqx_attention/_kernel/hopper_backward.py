@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .._mechanism.base import Request
-from .backward import Blocks, clean, DONE, dropped, LOOK, WARPGROUPS, Work, WRITTEN
+from .backward import Blocks, clean, DONE, dropped, WARPGROUPS, Work, WRITTEN
 from .backward_row import Added, Rows
 from .hopper import fence, launch, opaque, smem, sync, THREADS
 from .terms import Place
@@ -74,11 +74,8 @@ def backward(
             own = pl.ds(wg * blocks.key, blocks.key)
             plgpu.barrier_wait(barriers.kv_ready)
             if work.may_hide:
-                for c in range(chunks):
-                    clean(k_smem.at[c, own], LOOK + wg)
-                clean(v_smem.at[0, own], LOOK + wg)
-                plgpu.commit_smem()
-                sync(DONE, WARPGROUPS * THREADS)
+                part = k_smem.at[0, own] if chunks == 1 else k_smem.at[wg]
+                clean(part, [k_smem.at[c, own] for c in range(chunks)])
             # What left after the last row is read before it is overwritten.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 

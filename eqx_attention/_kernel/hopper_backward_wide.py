@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .._axes import largest_divisor
 from .._mechanism.base import Request
-from .backward import Blocks, clean, DONE, dropped, LOOK, WARPGROUPS, Work, WRITTEN
+from .backward import Blocks, clean, DONE, dropped, WARPGROUPS, Work, WRITTEN
 from .backward_row import Added, Rows
 from .hopper import fence, launch, opaque, smem, sync, THREADS
 from .terms import Place
@@ -60,10 +60,7 @@ def backward(
         def compute(row, _, done):
             plgpu.barrier_wait(barriers.kv_ready)
             if work.may_hide:
-                clean(k_smem.at[wg], LOOK + wg, _SWIZZLE)
-                clean(v_smem.at[wg], LOOK + wg, _SWIZZLE)
-                plgpu.commit_smem()
-                sync(DONE, WARPGROUPS * THREADS)
+                clean(k_smem.at[wg], [k_smem.at[wg]], _SWIZZLE)
 
             def over_queries(dk_acc, dv_acc):
                 def step(masked, n):

@@ -21,7 +21,7 @@ from .._mechanism.base import Request
 from .._mechanism.packed import packed
 from .head_rows import fetch_rows, HeadRows, pairs_of, write_rows
 from .hidden_values import replace_nan
-from .hopper import along, fence, fill, launch, smem, sync, THREADS
+from .hopper import all_finite, along, fence, fill, launch, smem, sync, THREADS
 from .merge_rows import is_last, merge_rows
 from .pages import pages_of, Stored
 from .row_tiles import row_tiles, schedule_of
@@ -31,7 +31,7 @@ from .terms import forward_terms, Place, RowTerms
 
 
 # Of the 16 named barriers of a block, Mosaic GPU uses the first ones.
-_FETCHED, _DONE = 7, 8
+_FETCHED, _DONE, _LOOK = 7, 8, 10
 # What it takes to start a row, in tiles; and bytes that tiles may take.
 _START = 2
 _SHARED = 220 * 1024
@@ -130,7 +130,9 @@ def forward_16bit(
                 out = out * along(decay, out.shape, 0)
                 plgpu.barrier_wait(v_ready.at[slot])
                 if masked or soft.hides:
-                    total = replace_nan(v_smem.at[slot], bad_smem, weights, total, 1)
+                    values = v_smem.at[slot]
+                    finite = all_finite(values, _LOOK)
+                    total = replace_nan(finite, values, bad_smem, weights, total, 1)
 
                 def attended(acc):
                     plgpu.wgmma(acc, weights, v_smem.at[slot])

@@ -36,14 +36,17 @@ from .._mechanism.base import Request
 from .forward import Blocks as Blocks, operands
 from .hidden_values import replace_nan
 from .hopper import (
+    all_finite,
     along,
     arrive,
     fill,
     launch,
+    read_word,
     smem,
     sync,
     THREADS,
     whole_rows,
+    write_word,
 )
 from .schedule import place_of, section
 from .softmax import Softmax
@@ -53,7 +56,7 @@ from .turns import Turns
 
 
 # Of the 16 named barriers of a block, Mosaic GPU uses the first ones.
-_TURN, _DONE, _TAKEN = 5, 8, 13
+_TURN, _DONE = 5, 8
 
 
 def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
@@ -73,6 +76,8 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
     shape = (blocks.query, blocks.key)
     soft = Softmax.of(request, shape, scale)
     overlap = blocks.overlap and not soft.hides
+    # Whether values may be hidden: then a warp looks whether they are finite.
+    looks = may_mask or soft.hides
     side_by_side = section(request) * groups
     order = place_of(batch, heads, rows, side_by_side)
     held, stays = operands(request, blocks, head_dim, value_dim)
@@ -105,10 +110,11 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
         *inputs, out_ref, lse_ref = refs[: terms.count + 2]
         first, v_smem, lse_smem, small_smem, *barriers = refs[terms.count + 2 :]
         (q_smem, k_smem), (out_smem,) = first
-        q_ready, k_ready, v_ready, k_free, v_free, *of_turns = barriers
+        q_ready, k_ready, v_ready, looked, k_free, v_free, *of_turns = barriers
         turn_refs, wg = [*turn_refs, *of_turns], lax.axis_index("warpgroup")
         zero, bad_smem = jnp.int32(0), small_smem.at[pl.ds(0, blocks.key)]
         numbers = small_smem.at[pl.ds(blocks.key, 2)]
+        finite_smem = small_smem.at[pl.ds(blocks.key + 2, stages)]
 
         def give_turn():
             arrive(_TURN + lax.rem(wg + 1, warpgroups), 2 * THREADS)
@@ -124,33 +130,41 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
             source = q_ref.at[b, mine(i), h]
             plgpu.copy_gmem_to_smem(source, q_smem.at[wg], q_ready.at[wg])
 
+        def tiles_of(piece):
+            """How many of its row are FULL, and how many there are."""
+            row = row_of(*row_at(jnp.minimum(piece, pieces - 1)))
+            return full_ref[row], some_ref[row]
+
         def compute(state):
             """The row of tiles of one round; `done` is how many tiles were before it."""
-            n, piece, done = state
+            n, piece, whole, some, done = state
             b, h, i = row_at(piece)
             row = row_of(b, h, i)
-            whole, some = full_ref[row], some_ref[row]
             q_base = i * blocks.rows + wg * blocks.query
             given = RowTerms(terms, inputs, Place(b, h, q_base, 0, shape))
 
-            def loads(masked, t):
+            def key_at(t):
+                """The first key of a tile, or of the last one."""
+                return columns_ref[(*row, jnp.minimum(t, some - 1))] * blocks.key
+
+            def loads(masked, key):
                 """What the terms are given of a tile."""
-                return given.load(masked, lambda: columns_ref[(*row, t)] * blocks.key)
+                return given.load(masked, lambda: key)
 
             def one_by_one(masked, t, carry):
                 """One tile: its logits, softmax and output, one after another, while
-                another warpgroup does the same a little later."""
-                out, top, total = carry
+                another warpgroup does the same a little later. What is loaded of the next
+                tile is asked for before it is needed."""
+                (out, top, total), loaded, after = carry
                 slot = slot_of(t)
 
                 def product(acc):
                     plgpu.wgmma(acc, q_smem.at[wg], k_smem.at[slot].T)
                     give_turn()
-                    loaded = loads(masked, t)
-                    return acc[...], loaded
+                    return acc[...]
 
                 accumulator = plgpu.WGMMAAccumulatorRef(shape, jnp.float32)
-                products, loaded = pl.run_scoped(product, accumulator)
+                products = pl.run_scoped(product, accumulator)
                 plgpu.barrier_arrive(k_free.at[slot])
                 weights, top, total, decay = soft(
                     masked, given.at(loaded), products, top, total
@@ -160,19 +174,31 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
                 out, weights, top, total = lax.optimization_barrier(
                     (out, weights, top, total)
                 )
+                loaded, after = loads(masked, after), key_at(t + 2)
                 plgpu.barrier_wait(v_ready.at[slot])
                 if masked or soft.hides:
+                    plgpu.barrier_wait(looked.at[slot])
+                    finite = read_word(finite_smem, slot) != 0
                     args = (v_smem.at[slot], bad_smem, weights, total, warpgroups)
-                    total = replace_nan(*args)
+                    total = replace_nan(finite, *args)
                 take_turn()
 
                 def attended(acc):
                     plgpu.wgmma(acc, weights, v_smem.at[slot])
                     pl.when(t + 1 < some)(ft.partial(await_key, t + 1))
+                    if masked:
+                        # Since the turn was taken, nobody reads those of this row.
+                        pl.when((t + 1 == some) & more)(fetch_following)
 
                 out = pl.run_state(attended)(plgpu.WGMMAAccumulatorRef.init(out))
                 plgpu.barrier_arrive(v_free.at[slot])
-                return out, top, total
+                return (out, top, total), loaded, after
+
+            def each(masked, first, last, carry):
+                """Tiles one by one."""
+                carry = carry, loads(masked, key_at(first)), key_at(first + 1)
+                step = ft.partial(one_by_one, masked)
+                return lax.fori_loop(first, last, step, carry)[0]
 
             def slot_of(t):
                 return lax.rem(done + t, stages)
@@ -186,7 +212,7 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
 
                 def first(acc):
                     plgpu.wgmma(acc, q_smem.at[wg], k_smem.at[slot_of(0)].T)
-                    loaded = loads(False, 0)
+                    loaded = loads(False, key_at(0))
                     return acc[...], loaded
 
                 def step(t, carry):
@@ -200,7 +226,7 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
                         plgpu.barrier_wait(v_ready.at[before])
                         plgpu.wgmma(out_acc, weights, v_smem.at[before])
                         give_turn()
-                        loaded = loads(False, t)
+                        loaded = loads(False, key_at(t))
                         products = plgpu.wgmma_accumulator_load(acc, wait_n=1)
                         plgpu.barrier_arrive(k_free.at[slot])
                         return soft(False, given.at(loaded), products, top, total)
@@ -241,13 +267,16 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
             else:
                 await_key(0)
                 take_turn()
-                carry = lax.fori_loop(0, whole, ft.partial(one_by_one, False), empty)
-            if may_mask:
-                carry = lax.fori_loop(whole, some, ft.partial(one_by_one, True), carry)
+                carry = each(False, 0, whole, empty)
             following = turns.told(turn_refs, numbers, n + 1, piece)
             more = turns.left(following)
+            fetch_following = ft.partial(fetch_queries, following)
+            if may_mask:
+                carry = each(True, whole, some, carry)
             pl.when((wg < warpgroups - 1) | more)(give_turn)
-            pl.when(more)(ft.partial(fetch_queries, following))
+            pl.when(more & (whole == some))(fetch_following)
+            # Now, so that the next row need not wait for them.
+            found = tiles_of(following)
             out, lse = soft.normalised(carry)
             out = out.astype(result)
             if stays:
@@ -261,7 +290,7 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
             plgpu.copy_smem_to_gmem(out_smem.at[wg], out_ref.at[b, mine(i), h])
             plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[b, h, mine(i)])
 
-            return n + 1, following, done + some
+            return n + 1, following, *found, done + some
 
         def left(state):
             return turns.left(state[1])
@@ -273,12 +302,11 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
             pl.when(turns.left(piece))(ft.partial(fetch_queries, piece))
             # The first turn is that of the first warpgroup.
             pl.when((wg == warpgroups - 1) & turns.left(piece))(give_turn)
-            lax.while_loop(left, compute, (zero, piece, zero))
+            lax.while_loop(left, compute, (zero, piece, *tiles_of(piece), zero))
             plgpu.wait_smem_to_gmem(0)
 
         def copy(state):
             n, piece, done = state
-            following = turns.take(turn_refs, numbers, n + 1, piece, _TAKEN)
             b, h, i = row_at(piece)
             row = row_of(b, h, i)
             some = some_ref[row]
@@ -295,17 +323,47 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
                 one(k_ref, k_smem, k_ready, k_free)
                 one(v_ref, v_smem, v_ready, v_free)
 
-            lax.fori_loop(0, some, load, None)
+            # Keys of this row first, so that they do not wait for the next one's number.
+            load(0, None)
+            following = turns.take(turn_refs, numbers, n + 1, piece)
+            lax.fori_loop(1, some, load, None)
             return n + 1, following, done + some
+
+        def look(state):
+            n, piece, done = state
+            whole, some = tiles_of(piece)
+            first = 0 if soft.hides else whole
+
+            def one(t, _):
+                slot = lax.rem(done + t, stages)
+                plgpu.barrier_wait(v_ready.at[slot])
+
+                @pl.when(t >= first)
+                def _():
+                    finite = all_finite(v_smem.at[slot], None)
+                    write_word(finite_smem, slot, jnp.where(finite, 1, 0))
+                    plgpu.barrier_arrive(looked.at[slot])
+
+                plgpu.barrier_arrive(v_free.at[slot])
+
+            lax.fori_loop(0, some, one, None)
+            following = turns.told(turn_refs, numbers, n + 1, piece)
+            return n + 1, following, done + some
+
+        def each_row(body, following):
+            piece = following(turn_refs, numbers, zero, turns.before_first())
+            lax.while_loop(left, body, (zero, piece, zero))
 
         @pl.when(wg == warpgroups)
         def _copy():
             plgpu.set_max_registers(32 if warpgroups == 3 else 24, action="decrease")
-            piece = turns.take(turn_refs, numbers, zero, turns.before_first(), _TAKEN)
-            lax.while_loop(left, copy, (zero, piece, zero))
 
-    free = plgpu.Barrier(num_barriers=stages, num_arrivals=warpgroups)
-    ready = plgpu.Barrier(num_barriers=stages)
+            @plgpu.warp_map
+            def _(warp):
+                pl.when(warp == 0)(lambda: each_row(copy, turns.take))
+                if looks:
+                    pl.when(warp == 1)(lambda: each_row(look, turns.told))
+
     out, lse = launch(
         kernel,
         "forward",
@@ -319,13 +377,12 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
             held,
             smem((stages, blocks.key, value_dim), dtype),
             plgpu.SMEM((warpgroups, blocks.query), jnp.float32),
-            plgpu.SMEM((blocks.key + 2,), jnp.float32),
+            plgpu.SMEM((blocks.key + 2 + stages,), jnp.float32),
             plgpu.Barrier(num_barriers=warpgroups),
-            ready,
-            ready,
-            free,
-            free,
-            *turns.scratch(warpgroups),
+            *3 * (plgpu.Barrier(num_barriers=stages),),
+            plgpu.Barrier(num_barriers=stages, num_arrivals=warpgroups),
+            plgpu.Barrier(num_barriers=stages, num_arrivals=warpgroups + looks),
+            *turns.scratch(warpgroups + looks),
         ),
     )(q, k, v, *tiles, *counter, *terms.arrays)
     return out[:, :q_len], lse[..., :q_len].swapaxes(1, 2)

@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu import FragmentedArray, utils
+from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
 from .._device import num_multiprocessors
-from .assembly import integer, SCALAR
-from .hopper import sync, THREADS
+from .assembly import SCALAR
+from .hopper import read_word
 
 
 class Turns(NamedTuple):
@@ -24,7 +24,7 @@ class Turns(NamedTuple):
     memory: what takes longer than was thought, or begins later, as another kernel has the
     multiprocessor, then does less. Or there is one piece for each.
 
-    The warpgroup that copies takes pieces, and tells those that compute. They are taken in
+    The warp that copies takes pieces, and tells the others. They are taken in
     the `order` of their numbers, unless there is another one.
     """
 
@@ -58,18 +58,10 @@ class Turns(NamedTuple):
             plgpu.Barrier(num_barriers=2, num_arrivals=readers),
         ]
 
-    def take(
-        self,
-        refs: Sequence[Any],
-        numbers: Any,
-        n: Any,
-        before: Any,
-        name: int | None = None,
-    ) -> jax.Array:
-        """In the warpgroup that copies: its n-th piece, of `pieces` or more if there is
-        none. `refs` are those of `arrays` and of `scratch`, `before` is the one before it,
-        `numbers` are two of 32 bits in shared memory, and `name` is that of a barrier of
-        its own; `None` if one warp does this."""
+    def take(self, refs: Sequence[Any], numbers: Any, n: Any, before: Any) -> jax.Array:
+        """In the warp that copies: its n-th piece, of `pieces` or more if there is none.
+        `refs` are those of `arrays` and of `scratch`, `before` is the one before it, and
+        `numbers` are two of 32 bits in shared memory."""
         if not self.taken:
             return before + self.programs
         *arrays, ready, free = refs
@@ -79,20 +71,18 @@ class Turns(NamedTuple):
         def _():
             plgpu.barrier_wait(free.at[slot])
 
-        _take(*arrays, numbers, slot, pieces=self.pieces, warp=name is None)
-        if name is not None:
-            sync(name, THREADS)
+        _take(*arrays, numbers, slot, pieces=self.pieces)
         plgpu.barrier_arrive(ready.at[slot])
-        return _read(numbers, slot)
+        return read_word(numbers, slot)
 
     def told(self, refs: Sequence[Any], numbers: Any, n: Any, before: Any) -> jax.Array:
-        """In one that computes: its n-th piece."""
+        """In others: the n-th piece."""
         if not self.taken:
             return before + self.programs
         *_, ready, free = refs
         slot = lax.rem(n, 2)
         plgpu.barrier_wait(ready.at[slot])
-        piece = _read(numbers, slot)
+        piece = read_word(numbers, slot)
         plgpu.barrier_arrive(free.at[slot])
         return piece
 
@@ -103,7 +93,7 @@ class Turns(NamedTuple):
         return piece < self.pieces
 
 
-def _take(*args: Any, pieces: int, warp: bool) -> None:
+def _take(*args: Any, pieces: int) -> None:
     """Adds one to the first of `args`, a number in global memory, and writes what it was to
     shared memory, where the last two say; or, if there is an array between these, what that
     one has there."""
@@ -113,8 +103,7 @@ def _take(*args: Any, pieces: int, warp: bool) -> None:
     @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * (len(given) + 1), SCALAR))
     def take(_, counter, *args):
         *order, numbers, slot = args
-        who = utils.ThreadSubset.WARP if warp else utils.ThreadSubset.WARPGROUP
-        one = utils.single_thread_predicate(who)
+        one = utils.single_thread_predicate(utils.ThreadSubset.WARP)
         code = f"""{{
             .reg .b32 n, to;
             .reg .b64 from;
@@ -124,7 +113,7 @@ def _take(*args: Any, pieces: int, warp: bool) -> None:
             {load if order else ""}
             mad.lo.u32 to, $2, 4, $1;
             @$4 st.shared.u32 [to], n;
-            {"bar.warp.sync 0xffffffff;" if warp else ""}
+            bar.warp.sync 0xffffffff;
         }}"""
         pointers = [utils.memref_ptr(x) for x in (counter, numbers, *(order or [counter]))]
         operands = [*pointers[:2], slot.registers[()], pointers[2], one]
@@ -132,19 +121,3 @@ def _take(*args: Any, pieces: int, warp: bool) -> None:
         llvm.inline_asm(void, operands, code, "l,r,r,l,b", has_side_effects=True)
 
     take(*args)
-
-
-def _read(numbers: Any, slot: Any) -> jax.Array:
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), SCALAR),
-        return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=SCALAR),
-    )
-    def read(_, numbers, slot):
-        code = "{ .reg .b32 at; mad.lo.u32 at, $2, 4, $1; ld.shared.u32 $0, [at]; }"
-        operands = [utils.memref_ptr(numbers), slot.registers[()]]
-        found: Any = llvm.inline_asm(
-            integer(32), operands, code, "=r,r,r", has_side_effects=True
-        )
-        return FragmentedArray.splat(found, (), is_signed=True)
-
-    return read(numbers, slot)
