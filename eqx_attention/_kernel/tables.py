@@ -72,9 +72,8 @@ def table(request: Request, block_q: int, block_k: int, by_key: bool = False) ->
 
     def build(found: Kinds) -> Table:
         columns, full, some = lists(found)
-        # Each row computes a tile, also one that sees nothing: masked, that is harmless.
-        # Without a mask it was negligible, and kernels look at those that are FULL alone.
-        some = jnp.maximum(some, 1)
+        # Without a mask, kernels look at FULL tiles alone.
+        some = some if sees_no_later(request) else jnp.maximum(some, 1)
         return Table(columns, some if never_masked(request, block_k) else full, some)
 
     return _of_kinds(build, request, block_q, block_k, by_key)
@@ -84,9 +83,8 @@ def table_in_order(request: Request, block_q: int, block_k: int) -> tuple[Table,
     """As `table`, by key, for rows that add to columns one after another."""
 
     def build(found: Kinds) -> tuple[Table, Order]:
-        # As above, of which the order is to know; and so does each column.
         some, every = found
-        for axis in (2, 3):
+        for axis in () if sees_no_later(request) else (2, 3):
             first = lax.broadcasted_iota(jnp.int32, some.shape, axis) == 0
             some = some | (~some.any(axis, keepdims=True) & first)
         found = Kinds(some, some if never_masked(request, block_k) else every)
@@ -106,6 +104,9 @@ def _of_kinds(
     block_k: int,
     by_key: bool,
 ) -> T:
+    """Each row computes a tile, also one that sees nothing: masked, that is harmless. And
+    each column is computed, if the order is to know it. `build` sees to that, unless it is
+    known where there are such tiles: on the diagonal."""
     pairs = request.pairs
     q_len, kv_len = request.lengths
     heads = request.key_.shape[2]
@@ -119,6 +120,13 @@ def _of_kinds(
         found = kinds(request, grid, (False, False))
         if kv_len % block_k:
             found = Kinds(found.some, found.every.at[..., -1].set(False))
+        if sees_no_later(request):
+            first_q, first_k = (
+                lax.broadcasted_iota(jnp.int32, found.some.shape, axis) * size
+                for axis, size in ((2, block_q), (3, block_k))
+            )
+            diagonal = (first_q < first_k + block_k) & (first_k < first_q + block_q)
+            found = Kinds(found.some | diagonal, found.every)
         if by_key:
             found = Kinds(*(x.swapaxes(2, 3) for x in found))
         return build(found)
