@@ -2,10 +2,12 @@
 attend: the model of examples/train_lm.py, with as many heads, of as many channels, as the
 caches here have."""
 
+import functools as ft
 import os
 import pathlib
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -40,13 +42,22 @@ def _model(heads: int, kv_heads: int, dim: int, dtype: Any) -> Any:
     return made()
 
 
-@eqx.filter_jit(donate="all-except-first")
-def _step(model: Any, caches: Any, tokens: Any) -> Any:
-    def one(caches, token):
-        logits, caches = model(token[None], caches)
-        return caches, logits[0].argmax().astype(token.dtype)
+def _step_of(model: Any) -> Callable[[Any, Any], Any]:
+    """Of caches and tokens, which are donated. `eqx.filter_jit` would wait for each step to
+    end before the next one is prepared, as the example does not."""
+    arrays, static = eqx.partition(model, eqx.is_array)
 
-    return jax.vmap(one)(caches, tokens)
+    @ft.partial(jax.jit, donate_argnums=(1, 2))
+    def step(arrays, caches, tokens):
+        model = eqx.combine(arrays, static)
+
+        def one(caches, token):
+            logits, caches = model(token[None], caches)
+            return caches, logits[0].argmax().astype(token.dtype)
+
+        return jax.vmap(one)(caches, tokens)
+
+    return ft.partial(step, arrays)
 
 
 def _kernels(run: Any) -> tuple[float, float]:
@@ -76,10 +87,11 @@ def step(batch: int, length: int, heads: tuple[int, int, int], dtype: Any) -> di
 
     caches = tuple(filled(key) for key in jr.split(jr.key(1), DEPTH))
     state = [caches, jnp.zeros(batch, jnp.int32)]
+    next_of = _step_of(model)
 
     def run():
         for _ in range(STEPS):
-            state[:] = _step(model, *state)
+            state[:] = next_of(*state)
         jax.block_until_ready(state)
 
     run()

@@ -1,6 +1,8 @@
 """Generating text, one byte at a time, through a key-value cache."""
 
+import functools as ft
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -14,17 +16,32 @@ from .model import Caches, LanguageModel
 from .pick import pick, Sampling
 
 
-# The caches are donated, so that appending to them writes in place.
-@eqx.filter_jit(donate="all-except-first")
+def split(tree: Any) -> tuple[Any, list[Array | None]]:
+    """What a program is compiled for, and the arrays that it is given."""
+    leaves, structure = jax.tree.flatten(tree)
+    rest = tuple(None if eqx.is_array(x) else x for x in leaves)
+    return (structure, rest), [x if eqx.is_array(x) else None for x in leaves]
+
+
+def joined(static: Any, arrays: list[Array | None]) -> Any:
+    structure, rest = static
+    leaves = [y if x is None else x for x, y in zip(arrays, rest, strict=True)]
+    return jax.tree.unflatten(structure, leaves)
+
+
+# The caches are donated, so that appending to them writes in place. `eqx.filter_jit` would
+# wait for each step to end before Python prepares the next one.
+@ft.partial(jax.jit, static_argnames="static", donate_argnames="caches")
 def next_bytes(
-    constants: tuple[
-        LanguageModel, Sampling, Int[Array, "batch seq"], Int[Array, " batch"] | None
-    ],
+    static: Any,
+    arrays: list[Array | None],
+    tokens: Int[Array, "batch seq"],
+    lengths: Int[Array, " batch"] | None,
     caches: Caches,
 ) -> tuple[Int[Array, " batch"], Caches]:
     """Reads the tokens of each sequence, or as many as its length says, and picks the byte
-    that comes next."""
-    model, sampling, tokens, lengths = constants
+    that comes next. The first two arguments are a `LanguageModel` and a `Sampling`."""
+    model, sampling = joined(static, arrays)
 
     def of_one_sequence(row, tokens, length, caches):
         logits, caches = model(tokens, caches, length)
@@ -59,15 +76,17 @@ def generate(
     tokens = np.zeros((len(prompts), max(lengths) + -max(lengths) % chunk), np.int32)
     for row, prompt in zip(tokens, prompts):
         row[: len(prompt)] = list(prompt)
+    step = ft.partial(next_bytes, *split((model, sampling)))
     drawn = jnp.zeros(len(prompts), jnp.int32)
     for start in range(0, tokens.shape[1], chunk):
         left = np.clip(lengths - start, 0, chunk)
         part = jnp.asarray(tokens[:, start : start + chunk])
-        new, caches = next_bytes((model, sampling, part, jnp.asarray(left)), caches)
+        new, caches = step(part, jnp.asarray(left), caches)
         # The byte that follows a prompt is drawn where the prompt ends.
         drawn = jnp.where(left > 0, new, drawn)
-    for i in range(num_bytes):
-        if i > 0:
-            constants = (model, sampling, drawn[:, None], None)
-            drawn, caches = next_bytes(constants, caches)
-        yield drawn.tolist()
+    for num_left in reversed(range(num_bytes)):
+        read = drawn
+        if num_left:
+            # While this byte is shown, the next one is computed.
+            drawn, caches = step(read[:, None], None, caches)
+        yield read.tolist()
