@@ -69,7 +69,7 @@ class Refs(NamedTuple):
     some: Any
     inputs: Sequence[Any]
     order: Sequence[Any]
-    taken: Any
+    counter: Any
     dq: Any
     dk: Any
     dv: Any
@@ -225,8 +225,8 @@ class Work:
         given, refs = refs[:9], refs[9:]
         inputs, refs = refs[: self.terms.count], refs[self.terms.count :]
         order, refs = refs[: len(self.order)], refs[len(self.order) :]
-        taken, *refs = refs if self.turns.taken else (None, *refs)
-        return Refs(*given, inputs, order, taken, *refs[:3]), refs[3:]
+        counter, *refs = refs if self.turns.taken else (None, *refs)
+        return Refs(*given, inputs, order, counter, *refs[:3]), refs[3:]
 
     def gradients(self, *given: jax.Array) -> tuple[jax.Array, ...]:
         """From what the kernel gives."""

@@ -30,16 +30,16 @@ class Rows:
     def __init__(self, work: Work, refs: Refs, numbers: Any, barriers: Barriers):
         """`numbers` are two in shared memory."""
         self.work, self.refs, self.barriers = work, refs, barriers
-        self.turns = (refs.taken, *barriers.turns), numbers
+        self.turns = (refs.counter, *barriers.turns), numbers
 
-    def each(self, body: Callable[["Row", Any, Any], None], taken: bool = False) -> None:
+    def each(self, body: Callable[["Row", Any, Any], None], takes: bool = False) -> None:
         """`body(row, n, done)` for the n-th row, before which there were `done` tiles.
-        What `taken` rows is one warp, that others are told of."""
+        One warp `takes` rows, and others are told of them."""
         turns = self.work.turns
         if not turns.taken:
             body(Row(self, lax.axis_index("block")), 0, 0)
             return
-        following = ft.partial(turns.take if taken else turns.told, *self.turns)
+        following = ft.partial(turns.take if takes else turns.told, *self.turns)
 
         def one(state):
             n, piece, done = state
@@ -71,7 +71,7 @@ class Rows:
 
         @plgpu.warp_map
         def _(warp):
-            pl.when(warp == 0)(lambda: self.each(load, taken=True))
+            pl.when(warp == 0)(lambda: self.each(load, takes=True))
             if self.work.may_be_empty:
                 pl.when(warp == 2)(lambda: self.each(look))
             if self.work.order:

@@ -24,8 +24,8 @@ class Turns(NamedTuple):
     memory: what takes longer than was thought, or begins later, as another kernel has the
     multiprocessor, then does less. Or there is one piece for each.
 
-    The warp that copies takes pieces, and tells the others. They are taken in
-    the `order` of their numbers, unless there is another one.
+    The warp that copies takes pieces, and tells the others. They are taken in the order of
+    their numbers, or in the `order` that there is.
     """
 
     pieces: int
@@ -71,7 +71,7 @@ class Turns(NamedTuple):
         def _():
             plgpu.barrier_wait(free.at[slot])
 
-        _take(*arrays, numbers, slot, pieces=self.pieces)
+        _take(arrays, numbers, slot, self.pieces)
         plgpu.barrier_arrive(ready.at[slot])
         return read_word(numbers, slot)
 
@@ -93,31 +93,38 @@ class Turns(NamedTuple):
         return piece < self.pieces
 
 
-def _take(*args: Any, pieces: int) -> None:
-    """Adds one to the first of `args`, a number in global memory, and writes what it was to
-    shared memory, where the last two say; or, if there is an array between these, what that
-    one has there."""
-    *given, _, _ = args
-    load = "mad.wide.u32 from, n, 4, $3; @there ld.global.nc.u32 n, [from];"
+def _take(arrays: Sequence[Any], numbers: Any, slot: Any, pieces: int) -> None:
+    """Adds one to a number in global memory, the first of `arrays`, and writes what it was
+    to shared memory; or, if there is another array, what that one has there."""
+    counter, *order = arrays
+    look_up = f"""
+            setp.lt.and.u32 there, n, {pieces}, $3;
+            mad.wide.u32 from, n, 4, $4;
+            @there ld.global.nc.u32 n, [from];"""
 
-    @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * (len(given) + 1), SCALAR))
-    def take(_, counter, *args):
-        *order, numbers, slot = args
+    @plgpu.inline_mgpu(
+        arg_types=(
+            plgpu.RefType(),
+            plgpu.RefType(),
+            SCALAR,
+            *[plgpu.RefType()] * len(order),
+        )
+    )
+    def take(_, counter, numbers, slot, *order):
         one = utils.single_thread_predicate(utils.ThreadSubset.WARP)
         code = f"""{{
             .reg .b32 n, to;
             .reg .b64 from;
             .reg .pred there;
-            @$4 atom.relaxed.gpu.global.add.u32 n, [$0], 1;
-            setp.lt.and.u32 there, n, {pieces}, $4;
-            {load if order else ""}
+            @$3 atom.relaxed.gpu.global.add.u32 n, [$0], 1;{look_up if order else ""}
             mad.lo.u32 to, $2, 4, $1;
-            @$4 st.shared.u32 [to], n;
+            @$3 st.shared.u32 [to], n;
             bar.warp.sync 0xffffffff;
         }}"""
-        pointers = [utils.memref_ptr(x) for x in (counter, numbers, *(order or [counter]))]
-        operands = [*pointers[:2], slot.registers[()], pointers[2], one]
+        counter, numbers, *order = map(utils.memref_ptr, (counter, numbers, *order))
+        operands = [counter, numbers, slot.registers[()], one, *order]
+        kinds = ",".join(["l,r,r,b", *("l" for _ in order)])
         void = ir.Type.parse("!llvm.void")
-        llvm.inline_asm(void, operands, code, "l,r,r,l,b", has_side_effects=True)
+        llvm.inline_asm(void, operands, code, kinds, has_side_effects=True)
 
-    take(*args)
+    take(counter, numbers, slot, *order)
