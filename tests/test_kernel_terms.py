@@ -222,16 +222,17 @@ def _gradients(request, out, lse, dout):
     q, k, v = request.query, request.key_, request.value
     low, dout, delta = seen_rows(request, out, lse, dout, None)
     work = backward.Work(
-        request, low, delta, dout, backward.Blocks(query=16, key=16), rows=16
+        request, low, delta, dout, backward.Blocks(query=16, key=16), 16, stay=False
     )
     inputs = [_Ref(x) for x in work.terms.arrays]
     refs = backward.Refs(*[None] * 9, inputs, (), None, None, None, None)
     results = []
     for head in range(q.shape[2]):
         at = work.at(refs, Place(0, head, 0, 0, (16, 16), 1), work.may_mask)
+        # The kernels clean what they multiply gradients with, and so not the values.
+        cleaned = (*map(jnp.nan_to_num, (q, dout, k)), v)
         queries, douts, keys, values = (
-            jnp.pad(jnp.nan_to_num(x[0, :, head]), ((0, 16 - x.shape[1]), (0, 0)))
-            for x in (q, dout, k, v)
+            jnp.pad(x[0, :, head], ((0, 16 - x.shape[1]), (0, 0))) for x in cleaned
         )
         low, delta = work.lse[0, head], work.delta[0, head]
         accs = _Accumulator((16, 16)), _Accumulator((16, 16))
