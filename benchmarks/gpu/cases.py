@@ -289,6 +289,19 @@ SUPPORT: dict[str, tuple[tuple[str, ...], tuple[int, ...], Any]] = {
         (4, 1100, 1000, 16, 16, 128, 128),
         lambda: _unseen(1100, 1000),
     ),
+    "many rows, nan in a document": (
+        (FLASH,),
+        _MANY,
+        lambda: {
+            "mask": C() & eqa.Segments(_ids(3, 1, 2048)),
+            "nan": _ids(3, 1, 2048) == 2,
+        },
+    ),
+    "many rows, nan behind a score": (
+        (FLASH,),
+        (2, 1024, 1024, 16, 16, 64, 64),
+        lambda: {"mask": C(), **_hidden_by_score(1024)},
+    ),
     "nan behind a score, and no mask": (
         (FLASH,),
         (2, 300, 256, 4, 2, 128, 128),

@@ -13,7 +13,7 @@ from .hopper import along, COLUMN, fence, sync, THREADS
 
 # Of the 16 named barriers of a block, of which the forward kernel has those before.
 _LOOKED = 9
-# So many keys does a warpgroup look at, at a time.
+# So many keys does a warpgroup replace.
 PART = 64
 
 

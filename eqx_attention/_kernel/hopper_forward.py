@@ -1,7 +1,8 @@
 """Attention on Hopper, forward: FlashAttention-3's schedule with any mask and score.
 
-A block of threads has one warpgroup that copies keys and values into shared memory, and
-two or three that compute, each on 64 queries. They take turns: while one of them has the
+A block of threads has one warpgroup that copies keys and values into shared memory (one of
+its warps) and looks at values that may be hidden (another), and two or three that compute,
+each on 64 queries. They take turns: while one of them has the
 matrix units, another computes its softmax. Where there is room for the output beside them,
 a block stays for several rows of tiles: the keys of the next row are copied, and its
 queries, before the output of the last one is written.
@@ -102,7 +103,7 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
         return jax.vmap(piece_of)(jnp.arange(pieces, dtype=jnp.int32))
 
     pieces = batch * heads * rows
-    turns = Turns.of(pieces, by_length()) if stays else Turns(pieces, pieces)
+    turns = Turns.of(pieces, by_length) if stays else Turns(pieces, pieces)
     counter = turns.arrays
 
     def kernel(q_ref, k_ref, v_ref, columns_ref, full_ref, some_ref, *refs):

@@ -10,7 +10,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Int
 
 from .._axes import ceil_div
-from .._mask import And, Causal, Full
+from .._mask import AbstractMask, And, Causal, Full, Segments, SlidingWindow
 from .._mechanism.base import Blocks, Request
 from .._mechanism.negligible import may_be_negligible
 from .._mechanism.plan import by_rank, Grid, Kinds, kinds, lists
@@ -73,7 +73,7 @@ def table(request: Request, block_q: int, block_k: int, by_key: bool = False) ->
     def build(found: Kinds) -> Table:
         columns, full, some = lists(found)
         # Without a mask, kernels look at FULL tiles alone.
-        some = some if sees_no_later(request) else jnp.maximum(some, 1)
+        some = some if sees_itself(request) else jnp.maximum(some, 1)
         return Table(columns, some if never_masked(request, block_k) else full, some)
 
     return _of_kinds(build, request, block_q, block_k, by_key)
@@ -84,7 +84,7 @@ def table_in_order(request: Request, block_q: int, block_k: int) -> tuple[Table,
 
     def build(found: Kinds) -> tuple[Table, Order]:
         some, every = found
-        for axis in () if sees_no_later(request) else (2, 3):
+        for axis in () if sees_itself(request) else (2, 3):
             first = lax.broadcasted_iota(jnp.int32, some.shape, axis) == 0
             some = some | (~some.any(axis, keepdims=True) & first)
         found = Kinds(some, some if never_masked(request, block_k) else every)
@@ -120,7 +120,7 @@ def _of_kinds(
         found = kinds(request, grid, (False, False))
         if kv_len % block_k:
             found = Kinds(found.some, found.every.at[..., -1].set(False))
-        if sees_no_later(request):
+        if sees_itself(request):
             first_q, first_k = (
                 lax.broadcasted_iota(jnp.int32, found.some.shape, axis) * size
                 for axis, size in ((2, block_q), (3, block_k))
@@ -163,7 +163,6 @@ def sees_no_later(request: Request) -> bool:
     that none sees those after its own."""
     pairs, (q_len, kv_len) = request.pairs, request.lengths
     counted = pairs.q.counted and pairs.kv.counted and pairs.q.shift == pairs.kv.shift
-    parts = pairs.mask.masks if isinstance(pairs.mask, And) else (pairs.mask,)
 
     def causal(mask):
         match mask:
@@ -171,4 +170,22 @@ def sees_no_later(request: Request) -> bool:
                 return offset <= 0
         return False
 
-    return counted and q_len == kv_len and any(map(causal, parts))
+    return counted and q_len == kv_len and any(map(causal, _parts(request)))
+
+
+def sees_itself(request: Request) -> bool:
+    """Whether, moreover, queries see the keys of their own numbers, but for segments that
+    differ."""
+
+    def own(mask):
+        match mask:
+            case Causal(offset=0) | SlidingWindow() | Segments():
+                return True
+        return False
+
+    return sees_no_later(request) and all(map(own, _parts(request)))
+
+
+def _parts(request: Request) -> tuple[AbstractMask, ...]:
+    mask = request.pairs.mask
+    return tuple(mask.masks) if isinstance(mask, And) else (mask,)

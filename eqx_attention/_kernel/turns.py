@@ -1,6 +1,6 @@
 """Which pieces of work each block of threads of a kernel does, one after another."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -34,11 +34,12 @@ class Turns(NamedTuple):
     order: jax.Array | None = None
 
     @staticmethod
-    def of(pieces: int, order: jax.Array | None = None) -> "Turns":
+    def of(pieces: int, order: Callable[[], jax.Array | None] = lambda: None) -> "Turns":
         """One block of threads a multiprocessor."""
         programs = num_multiprocessors()
-        few = pieces <= programs
-        return Turns(pieces, pieces) if few else Turns(pieces, programs, True, order)
+        if pieces <= programs:
+            return Turns(pieces, pieces)
+        return Turns(pieces, programs, True, order())
 
     @property
     def arrays(self) -> list[Any]:

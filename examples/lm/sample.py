@@ -68,7 +68,8 @@ def generate(
 
     - `prompts`: Of any lengths, each at least one byte; read in chunks.
     - `num_bytes`: How many bytes each goes on for. Yields one a prompt at a time.
-    - `caches`: Empty ones, from `init_caches`, which are not to be used again.
+    - `caches`: Empty ones, from `init_caches`, with room for prompts and `num_bytes`.
+        They are not to be used again.
     - `sampling`: How to draw.
     """
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
