@@ -417,6 +417,22 @@ def test_rows_with_the_most_tiles_come_first():
     assert later is not None and later[0, 0].tolist() == list(range(8))[::-1]
 
 
+def test_hidden_rows_have_one_tile():
+    """Those of padding too, whose queries do not see the keys of their own numbers."""
+    q = jnp.zeros((1, 64, 1, 64), jnp.bfloat16)
+
+    def some(length):
+        mask = eqa.Causal() & eqa.Padding(length)
+        request = make_request(q, q, q, mask=mask)
+        return table(request, 8, 8).some, table(request, 8, 8, by_key=True).some
+
+    by_query, by_key = compiled(some, jnp.array([16]))
+    assert by_query.ravel().tolist() == [1, 2, 2, 2, 2, 2, 2, 2]
+    assert by_key.ravel().tolist() == [8, 7, 1, 1, 1, 1, 1, 1]
+    by_query, _ = compiled(some, jnp.array([0]))
+    assert by_query.ravel().tolist() == [1] * 8
+
+
 @pytest.mark.parametrize("columns", (1, 7, 257))
 def test_columns_by_rank(columns):
     rank = np.random.default_rng(0).integers(0, 4, (1, 2, 3, columns))

@@ -104,10 +104,10 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
 
     pieces = batch * heads * rows
     turns = Turns.of(pieces, by_length) if stays else Turns(pieces, pieces)
-    counter = turns.arrays
+    turn_arrays = turns.arrays
 
     def kernel(q_ref, k_ref, v_ref, columns_ref, full_ref, some_ref, *refs):
-        turn_refs, refs = refs[: len(counter)], refs[len(counter) :]
+        turn_refs, refs = refs[: len(turn_arrays)], refs[len(turn_arrays) :]
         *inputs, out_ref, lse_ref = refs[: terms.count + 2]
         first, v_smem, lse_smem, small_smem, *barriers = refs[terms.count + 2 :]
         (q_smem, k_smem), (out_smem,) = first
@@ -385,5 +385,5 @@ def forward(request: Request, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
             plgpu.Barrier(num_barriers=stages, num_arrivals=warpgroups + looks),
             *turns.scratch(warpgroups + looks),
         ),
-    )(q, k, v, *tiles, *counter, *terms.arrays)
+    )(q, k, v, *tiles, *turn_arrays, *terms.arrays)
     return out[:, :q_len], lse[..., :q_len].swapaxes(1, 2)

@@ -16,17 +16,12 @@ from .model import Caches, LanguageModel
 from .pick import pick, Sampling
 
 
-def split(tree: Any) -> tuple[Any, list[Array | None]]:
-    """What a program is compiled for, and the arrays that it is given."""
-    leaves, structure = jax.tree.flatten(tree)
-    rest = tuple(None if eqx.is_array(x) else x for x in leaves)
-    return (structure, rest), [x if eqx.is_array(x) else None for x in leaves]
-
-
-def joined(static: Any, arrays: list[Array | None]) -> Any:
-    structure, rest = static
-    leaves = [y if x is None else x for x, y in zip(arrays, rest, strict=True)]
-    return jax.tree.unflatten(structure, leaves)
+def split(tree: Any) -> tuple[Any, Any]:
+    """What a program is compiled for, in a form that is quick to compare, and the arrays
+    that it is given."""
+    arrays, static = eqx.partition(tree, eqx.is_array)
+    leaves, structure = jax.tree.flatten(static)
+    return (structure, tuple(leaves)), arrays
 
 
 # The caches are donated, so that appending to them writes in place. `eqx.filter_jit` would
@@ -34,14 +29,14 @@ def joined(static: Any, arrays: list[Array | None]) -> Any:
 @ft.partial(jax.jit, static_argnames="static", donate_argnames="caches")
 def next_bytes(
     static: Any,
-    arrays: list[Array | None],
+    arrays: Any,
     tokens: Int[Array, "batch seq"],
     lengths: Int[Array, " batch"] | None,
     caches: Caches,
 ) -> tuple[Int[Array, " batch"], Caches]:
     """Reads the tokens of each sequence, or as many as its length says, and picks the byte
     that comes next. The first two arguments are a `LanguageModel` and a `Sampling`."""
-    model, sampling = joined(static, arrays)
+    model, sampling = eqx.combine(arrays, jax.tree.unflatten(*static))
 
     def of_one_sequence(row, tokens, length, caches):
         logits, caches = model(tokens, caches, length)
